@@ -1,0 +1,249 @@
+"""Caches with one contiguous stretch of memory per row.
+
+`RowCache` does the book-keeping of the KVCache contract for any set of tensors that have a batch and a token dimension;
+`ContiguousKVCache` holds keys and values, `TokenCache` just the tokens (for models that are a function of them).
+Lengths live on the host: the fast paths of a forward depend on them, and on the CPU reading them costs nothing. With
+tensors on another device `keep` and `truncate` therefore read their arguments on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .base import int_list
+
+__all__ = ["ContiguousKVCache", "RowCache", "TokenCache"]
+
+
+class RowCache:
+    """The KVCache contract over tensors that share a batch and a token dimension (see models.base.KVCache).
+
+    Rows beyond a row's committed and pending tokens hold zeros or stale values and are never read by a model.
+    """
+
+    def __init__(self, stores: Sequence[Tensor], *, batch_dim: int, token_dim: int, max_context: int) -> None:
+        self._stores = list(stores)
+        self._batch_dim = batch_dim
+        self._token_dim = token_dim
+        self._lens = [0] * self._stores[0].shape[batch_dim]
+        self._pending = [0] * len(self._lens)
+        self._staged = 0  # slots of the last forward, padded ones included
+        self._lens_tensor: Tensor | None = None
+        self.max_context = max_context
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def lens(self) -> Tensor:
+        """Committed lengths, int32 [B]. A snapshot: changing it changes nothing."""
+        if self._lens_tensor is None:
+            self._lens_tensor = torch.tensor(self._lens, dtype=torch.int32, device=self.device)
+        return self._lens_tensor.clone()
+
+    @property
+    def host_lens(self) -> tuple[int, ...]:
+        """Committed lengths as Python ints, without reading the device."""
+        return tuple(self._lens)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self._lens)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that fit without growing."""
+        return self._stores[0].shape[self._token_dim]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self._stores[0].device
+
+    # -- the contract --------------------------------------------------------------------------------------------------
+
+    def keep(self, path: Tensor | None, num_keep: Tensor | Sequence[int]) -> None:
+        """Commit `path[b, :num_keep[b]]` of the pending slots of every row b; see KVCache.keep."""
+        counts = int_list("KVCache.keep", "num_keep", num_keep, self.batch)
+        for count, limit in zip(counts, self._pending, strict=True):
+            if not 0 <= count <= limit:
+                raise ValueError(f"KVCache.keep: num_keep: expected 0..{limit}, got {count}")
+        if path is not None:
+            moves = self._check_path(path, counts)
+            for row, slots in moves:
+                self._move(row, slots)
+        for row, count in enumerate(counts):
+            self._lens[row] += count
+        self._drop_pending()
+
+    def truncate(self, lens: Tensor | Sequence[int]) -> None:
+        """Shorten rows to `lens` and drop pending slots; see KVCache.truncate."""
+        new = int_list("KVCache.truncate", "lens", lens, self.batch)
+        for length, old in zip(new, self._lens, strict=True):
+            if not 0 <= length <= old:
+                raise ValueError(f"KVCache.truncate: lens: expected 0..{old}, got {length}")
+        self._lens = new
+        self._drop_pending()
+
+    def fork(self, rows: Tensor | Sequence[int]) -> RowCache:
+        """A new cache with copies of these rows; see KVCache.fork."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._take("KVCache.fork", rows)
+        return other
+
+    def select(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep only these rows, in this order; see KVCache.select."""
+        if int_list("KVCache.select", "rows", rows) != list(range(self.batch)):
+            self._take("KVCache.select", rows)
+
+    def reserve(self, n: int) -> None:
+        """Make room for n more tokens in every row; see KVCache.reserve."""
+        if n < 0:
+            raise ValueError(f"KVCache.reserve: n: expected >= 0, got {n}")
+        longest = max(self._lens, default=0)
+        if longest + n > self.max_context:
+            raise ValueError(f"KVCache.reserve: n: expected 0..{self.max_context - longest} (max_context), got {n}")
+        self._grow(longest + n)
+
+    # -- for models ----------------------------------------------------------------------------------------------------
+
+    def stage(self, num_slots: int, num_tokens: Sequence[int] | None = None) -> None:
+        """Announce a forward of `num_slots` slots per row, of which `num_tokens[b]` (default all) are valid.
+
+        Makes room for all of them: padded slots are written too, so memory may reach past max_context, valid tokens may
+        not.
+        """
+        counts = [num_slots] * self.batch if num_tokens is None else list(num_tokens)
+        for length, count in zip(self._lens, counts, strict=True):
+            if length + count > self.max_context:
+                raise ValueError(
+                    f"forward: tokens: expected at most {self.max_context - length} after {length} cached ones "
+                    f"(max_context {self.max_context}), got {count}"
+                )
+        self._grow(max(self._lens, default=0) + num_slots)
+        self._pending = counts
+        self._staged = num_slots
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _drop_pending(self) -> None:
+        self._pending = [0] * self.batch
+        self._staged = 0
+        self._lens_tensor = None
+
+    def _check_path(self, path: Tensor, counts: list[int]) -> list[tuple[int, list[int]]]:
+        """The rows that need copying, each with its slots; raises before anything was changed."""
+        if path.is_floating_point() or path.dtype == torch.bool:
+            raise ValueError(f"KVCache.keep: path: expected an integer dtype, got {path.dtype}")
+        if path.dim() != 2 or path.shape[0] != self.batch or path.shape[1] < max(counts, default=0):
+            expected = f"[{self.batch}, K'] with K' >= {max(counts, default=0)}"
+            raise ValueError(f"KVCache.keep: path: expected {expected}, got {list(path.shape)}")
+        moves = []
+        for row, (slots, count) in enumerate(zip(path.tolist(), counts, strict=True)):
+            slots = slots[:count]
+            if any(low >= high for low, high in pairwise(slots)) or (slots and slots[0] != 0):
+                raise ValueError(f"KVCache.keep: path: expected increasing slots from 0, got {slots} in row {row}")
+            if slots and slots[-1] >= self._pending[row]:
+                raise ValueError(
+                    f"KVCache.keep: path: expected slots 0..{self._pending[row] - 1}, got {slots[-1]} in row {row}"
+                )
+            if slots != list(range(count)):
+                moves.append((row, slots))
+        return moves
+
+    def _move(self, row: int, slots: list[int]) -> None:
+        first = next(i for i, slot in enumerate(slots) if slot != i)
+        base = self._lens[row]
+        source = torch.tensor([base + slot for slot in slots[first:]], device=self.device)
+        for store in self._stores:
+            tokens = store.select(self._batch_dim, row)
+            dim = self._token_dim - 1  # the batch dimension stands before the token dimension
+            # index_select copies before copy_ writes, so source and destination may overlap
+            tokens.narrow(dim, base + first, len(slots) - first).copy_(tokens.index_select(dim, source))
+
+    def _take(self, where: str, rows: Tensor | Sequence[int]) -> None:
+        wanted = int_list(where, "rows", rows)
+        for row in wanted:
+            if not 0 <= row < self.batch:
+                raise ValueError(f"{where}: rows: expected 0..{self.batch - 1}, got {row}")
+        index = torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        self._stores = [store.index_select(self._batch_dim, index) for store in self._stores]
+        self._lens = [self._lens[row] for row in wanted]
+        self._pending = [self._pending[row] for row in wanted]
+        self._lens_tensor = None
+
+    def _grow(self, needed: int) -> None:
+        capacity = self.capacity
+        if needed <= capacity:
+            return
+        used = min(capacity, max(self._lens, default=0) + self._staged)
+        new_capacity = max(needed, min(2 * capacity, self.max_context))  # doubling: amortised linear copying
+        for i, store in enumerate(self._stores):
+            shape = list(store.shape)
+            shape[self._token_dim] = new_capacity
+            grown = store.new_zeros(shape)
+            grown.narrow(self._token_dim, 0, used).copy_(store.narrow(self._token_dim, 0, used))
+            self._stores[i] = grown
+
+
+class ContiguousKVCache(RowCache):
+    """Keys and values as two tensors [num_layers, B, num_kv_heads, capacity, head_dim].
+
+    Tokens of one head are adjacent, so a decode step reads each head as one stream; growing copies what is used.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        max_context: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_capacity(batch, capacity, max_context)
+        shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
+        # zeros, not empty: a row may read (and mask) slots that another row of the batch has used and it has not
+        stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        super().__init__(stores, batch_dim=1, token_dim=3, max_context=max_context)
+
+    @property
+    def k(self) -> Tensor:
+        """Keys after position encoding, [num_layers, B, num_kv_heads, capacity, head_dim]; replaced on growth."""
+        return self._stores[0]
+
+    @property
+    def v(self) -> Tensor:
+        """Values, as `k`."""
+        return self._stores[1]
+
+
+class TokenCache(RowCache):
+    """The tokens themselves, int64 [B, capacity]: the cache of a model that needs no other state."""
+
+    def __init__(self, batch: int, capacity: int, max_context: int) -> None:
+        check_capacity(batch, capacity, max_context)
+        super().__init__(
+            [torch.zeros(batch, capacity, dtype=torch.int64)], batch_dim=0, token_dim=1, max_context=max_context
+        )
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [B, capacity]; replaced on growth."""
+        return self._stores[0]
+
+
+def check_capacity(batch: int, capacity: int, max_context: int) -> None:
+    """ValueError unless a cache of this size makes sense."""
+    if batch < 0:
+        raise ValueError(f"new_cache: batch: expected >= 0, got {batch}")
+    if not 0 <= capacity <= max_context:
+        raise ValueError(f"new_cache: capacity: expected 0..{max_context} (max_context), got {capacity}")
