@@ -167,7 +167,7 @@ class NativeModel:
             x = _last_rows(x.view(batch, n, d), counts)
         if want & (Want.LOGITS | Want.LAST_LOGITS):
             x = x if want & Want.HIDDEN else self._rms_norm(x, self._norm)
-            logits = self._head(x).view(batch, -1, self.config.vocab_size)
+            logits = self._head(x).view(batch, 1 if want & Want.LAST_LOGITS else n, self.config.vocab_size)
         return Output(logits, hidden)
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
