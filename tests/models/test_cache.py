@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastdecode.models import ContiguousKVCache, KVCache, TokenCache
 
 
@@ -128,7 +129,7 @@ def test_reserve_grows_by_doubling_and_keeps_everything():
     assert row(cache, 0) == values and len(set(sizes)) <= 6 and sizes[-1] == 20
     with pytest.raises(ValueError, match=r"KVCache.reserve: n: expected 0\.\.0 \(max_context\), got 1"):
         cache.reserve(1)
-    with pytest.raises(ValueError, match="KVCache.reserve: n: expected >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"KVCache.reserve: n: expected >= 0, got -1"):
         cache.reserve(-1)
 
 

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+
 from fastdecode.models import NativeConfig, NativeModel, Want, load_model
 
 pytest.importorskip("transformers")
-from tiny_checkpoints import CHECKPOINTS  # noqa: E402
+from tiny_checkpoints import CHECKPOINTS
 
 V, D, LAYERS = 97, 32, 3
 
@@ -246,9 +247,9 @@ def test_wanted_outputs_only(checkpoint):
     assert out.hidden is None and out.logits.shape == (2, 3, V)
     _, out = prefill(model, tokens(2, 3), Want.HIDDEN)
     assert out.logits is None and out.hidden["final"].shape == (2, 3, D) and len(out.hidden[1:]) == LAYERS
-    with pytest.raises(ValueError, match="Output.hidden: expected an index below 4"):
+    with pytest.raises(ValueError, match=r"Output.hidden: expected an index below 4"):
         out.hidden["last"]
-    with pytest.raises(ValueError, match="NativeModel.forward: want: expected LOGITS or LAST_LOGITS, got both"):
+    with pytest.raises(ValueError, match=r"NativeModel.forward: want: expected LOGITS or LAST_LOGITS, got both"):
         prefill(model, tokens(1, 1), Want.LOGITS | Want.LAST_LOGITS)
 
 
@@ -256,6 +257,23 @@ def test_empty_batch_and_two_runs_are_equal(checkpoint):
     model = load_model(checkpoint("llama")[0])
     assert prefill(model, tokens(0, 3))[1].logits.shape == (0, 3, V)
     assert torch.equal(prefill(model, tokens(3, 9))[1].logits, prefill(model, tokens(3, 9))[1].logits)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_mode_leaks_nothing(checkpoint, inside):
+    """A cache made, grown or forked in inference mode works outside it, and logits can be changed in place."""
+    model = load_model(checkpoint("llama")[0])
+    with torch.inference_mode(inside):
+        cache = model.new_cache(2, 2)
+        out = model.forward(tokens(2, 5), cache=cache)
+        forked = cache.fork([1, 0])
+        forked.select([1])
+    for each, batch in ((cache, 2), (forked, 1)):
+        each.keep(torch.tensor([[0, 2]] * batch), [2] * batch)
+        each.reserve(50)
+        logits = model.forward(tokens(batch, 3), cache=each).logits
+        logits[:, :, 0] = -torch.inf
+    assert not out.logits.requires_grad
 
 
 def test_bad_arguments_of_forward(checkpoint):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from fastdecode.models import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -13,7 +14,7 @@ TEXT = "def f(x):\n    return 'grüße, 世界 👩\u200d🚀' + x  # naïve\n"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Byte-level BPE with few merges, so that most non-ASCII characters are split over tokens; BOS by post-processor."""
+    """Byte-level BPE with few merges: most non-ASCII characters are split over tokens. BOS by post-processor."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 

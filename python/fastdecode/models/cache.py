@@ -22,7 +22,9 @@ __all__ = ["ContiguousKVCache", "RowCache", "TokenCache"]
 class RowCache:
     """The KVCache contract over tensors that share a batch and a token dimension (see models.base.KVCache).
 
-    Rows beyond a row's committed and pending tokens hold zeros or stale values and are never read by a model.
+    Slots behind a row's committed and pending tokens hold zeros or stale values, which no result depends on. The
+    tensors are made outside inference mode wherever that happens: an inference tensor could not be written by a later
+    `keep`.
     """
 
     def __init__(self, stores: Sequence[Tensor], *, batch_dim: int, token_dim: int, max_context: int) -> None:
@@ -172,7 +174,8 @@ class RowCache:
             if not 0 <= row < self.batch:
                 raise ValueError(f"{where}: rows: expected 0..{self.batch - 1}, got {row}")
         index = torch.tensor(wanted, dtype=torch.int64, device=self.device)
-        self._stores = [store.index_select(self._batch_dim, index) for store in self._stores]
+        with torch.inference_mode(False):
+            self._stores = [store.index_select(self._batch_dim, index) for store in self._stores]
         self._lens = [self._lens[row] for row in wanted]
         self._pending = [self._pending[row] for row in wanted]
         self._lens_tensor = None
@@ -186,7 +189,8 @@ class RowCache:
         for i, store in enumerate(self._stores):
             shape = list(store.shape)
             shape[self._token_dim] = new_capacity
-            grown = store.new_zeros(shape)
+            with torch.inference_mode(False):
+                grown = store.new_zeros(shape)
             grown.narrow(self._token_dim, 0, used).copy_(store.narrow(self._token_dim, 0, used))
             self._stores[i] = grown
 
@@ -212,7 +216,8 @@ class ContiguousKVCache(RowCache):
         check_capacity(batch, capacity, max_context)
         shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
         # zeros, not empty: a row may read (and mask) slots that another row of the batch has used and it has not
-        stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        with torch.inference_mode(False):
+            stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
         super().__init__(stores, batch_dim=1, token_dim=3, max_context=max_context)
 
     @property
@@ -231,9 +236,9 @@ class TokenCache(RowCache):
 
     def __init__(self, batch: int, capacity: int, max_context: int) -> None:
         check_capacity(batch, capacity, max_context)
-        super().__init__(
-            [torch.zeros(batch, capacity, dtype=torch.int64)], batch_dim=0, token_dim=1, max_context=max_context
-        )
+        with torch.inference_mode(False):
+            store = torch.zeros(batch, capacity, dtype=torch.int64)
+        super().__init__([store], batch_dim=0, token_dim=1, max_context=max_context)
 
     @property
     def tokens(self) -> Tensor:

@@ -74,8 +74,8 @@ class NativeModel:
 
     Args:
         config: see NativeConfig; `NativeConfig.from_hf` reads a config.json.
-        weights: tensors under their Hugging Face names, as `config.tensor_shapes()` lists them; copied, converted to
-            `dtype`.
+        weights: tensors under their Hugging Face names, as `config.tensor_shapes()` lists them, in any
+            floating dtype; not changed.
         dtype: float32, bfloat16 or float64. Norms, rotary embedding and softmax sums are float32 or wider in any case.
         device: where the weights and caches live.
         prepack: keep weights in oneDNN's packed layout too (CPU): several rows then cost about twice one row in float32
@@ -129,7 +129,6 @@ class NativeModel:
             device=self.device,
         )
 
-    @torch.inference_mode()
     def forward(
         self,
         tokens: Tensor,
@@ -143,14 +142,31 @@ class NativeModel:
 
         Returns:
             Output with logits [B, n, V] (or [B, 1, V]) and hidden states [B, n, d] in the model's dtype, as asked for.
-            They are inference tensors: clone one to change it in place outside `torch.inference_mode()`.
+            Nothing is recorded for autograd; hidden states are inference tensors (clone one to change it in place).
         """
         check_want("NativeModel.forward", want)
         tokens, counts = check_tokens("NativeModel.forward", tokens, cache.batch, self.config.vocab_size, num_tokens)
         batch, n = tokens.shape
-        d = self.config.hidden_size
+        shape = (batch, n, self.config.hidden_size)
         cache.stage(n, counts)
-        step = _Step(self, cache, n, positions, counts)
+        with torch.inference_mode():  # 5 to 10 % less time per forward than no_grad
+            states = self._run_blocks(tokens, _Step(self, cache, n, positions, counts))
+            x = states[-1]
+            hidden = None
+            if want & Want.HIDDEN:
+                x = self._rms_norm(x, self._norm)
+                hidden = HiddenStates([state.view(shape) for state in states], x.view(shape))
+            if want & Want.LAST_LOGITS:
+                x = _last_rows(x.view(shape), counts)
+            if not want & (Want.LOGITS | Want.LAST_LOGITS):
+                return Output(None, hidden)
+            x = x if want & Want.HIDDEN else self._rms_norm(x, self._norm)
+        # outside, so that logits are ordinary tensors: processors change them in place
+        logits = self._head(x).view(batch, 1 if want & Want.LAST_LOGITS else n, self.config.vocab_size)
+        return Output(logits, hidden)
+
+    def _run_blocks(self, tokens: Tensor, step: _Step) -> list[Tensor]:
+        """Embeddings and the residual stream after every block, each [B * n, d]."""
         x = F.embedding(tokens.reshape(-1), self._embedding)
         states = [x]
         for index, block in enumerate(self._blocks):
@@ -159,16 +175,7 @@ class NativeModel:
             gate, up = block.gate_up(self._rms_norm(x, block.mlp_norm)).chunk(2, -1)
             x = block.down(F.silu(gate).mul_(up), x)
             states.append(x)
-        logits = hidden = None
-        if want & Want.HIDDEN:
-            x = self._rms_norm(x, self._norm)
-            hidden = HiddenStates([state.view(batch, n, d) for state in states], x.view(batch, n, d))
-        if want & Want.LAST_LOGITS:
-            x = _last_rows(x.view(batch, n, d), counts)
-        if want & (Want.LOGITS | Want.LAST_LOGITS):
-            x = x if want & Want.HIDDEN else self._rms_norm(x, self._norm)
-            logits = self._head(x).view(batch, 1 if want & Want.LAST_LOGITS else n, self.config.vocab_size)
-        return Output(logits, hidden)
+        return states
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / rms(x) * weight over the last dimension; sums in float32 or wider."""
