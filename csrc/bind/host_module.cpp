@@ -1,0 +1,42 @@
+// fastdecode._host: enums, and the data structures of drafters that live on the host.
+#include <pybind11/native_enum.h>
+#include <pybind11/pybind11.h>
+
+#include "core/enums.h"
+
+namespace py = pybind11;
+
+void bind_ngram_index(py::module_& m);  // host_ngram.cpp
+
+PYBIND11_MODULE(_host, m) {
+  using namespace fastdecode;
+  m.doc() = "Enums and host data structures of fastdecode.";
+  py::native_enum<Status>(m, "Status", "enum.IntFlag", "Bits of the status output of every op; 0 = fine.")
+      .value("NAN", kStatusNaN)
+      .value("NO_MASS", kStatusNoMass)
+      .value("UNMAPPED_DRAFT", kStatusUnmappedDraft)
+      .value("ZERO_DRAFT_PROB", kStatusZeroDraftProb)
+      .value("RESIDUAL_FALLBACK", kStatusResidualFallback)
+      .value("BAD_LENGTH", kStatusBadLength)
+      .value("ERRORS", kStatusErrors)
+      .finalize();
+  py::native_enum<Rule>(m, "Rule", "enum.IntEnum", "Acceptance rules of verify_chain.")
+      .value("RATIO", kRuleRatio)
+      .value("COUPLED", kRuleCoupled)
+      .finalize();
+  py::native_enum<FinishReason>(m, "FinishReason", "enum.IntEnum", "Why commit ended a request.")
+      .value("NONE", kFinishNone)
+      .value("STOP", kFinishStop)
+      .value("LENGTH", kFinishLength)
+      .finalize();
+  py::native_enum<Stream>(m, "Stream", "enum.IntEnum", "Who draws from the counter-based noise.")
+      .value("TOKEN", kStreamToken)
+      .value("DRAFT", kStreamDraft)
+      .value("ACCEPT", kStreamAccept)
+      .value("RESIDUAL", kStreamResidual)
+      .value("BONUS", kStreamBonus)
+      .value("UNMASK_ORDER", kStreamUnmaskOrder)
+      .value("UNMASK_TOKEN", kStreamUnmaskToken)
+      .value("USER", kStreamUser)
+      .finalize();
+}

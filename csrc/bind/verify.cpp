@@ -1,0 +1,164 @@
+#include "bind/rows.h"
+#include "verify/commit.h"
+#include "verify/verify_chain.h"
+#include "verify/verify_chain_greedy.h"
+
+namespace fastdecode::bind {
+namespace {
+
+using Verified = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // tokens, num_accepted, num_emitted, status
+
+Verified new_verified(const Tensor& like, int64_t batch, int64_t width) {
+  return {output(like, {batch, width}, ScalarType::Long), output(like, {batch}, ScalarType::Int),
+          output(like, {batch}, ScalarType::Int), output(like, {batch}, ScalarType::Int)};
+}
+
+// Draft tokens [B, K]; K may be 0.
+std::tuple<int64_t, int64_t> check_drafts(const char* op, const Tensor& draft_tokens, const OptionalTensor& draft_lens,
+                                          const OptionalTensor& active) {
+  check_dims(op, "draft_tokens", draft_tokens, 2, 2);
+  const int64_t B = draft_tokens.size(0), K = draft_tokens.size(1);
+  check_tensor(op, "draft_tokens", draft_tokens, {B, K}, ScalarType::Long, draft_tokens);
+  check_optional(op, "draft_lens", draft_lens, {B}, ScalarType::Int, draft_tokens);
+  check_optional(op, "active", active, {B}, ScalarType::Bool, draft_tokens);
+  return {B, K};
+}
+
+Verified verify_chain_greedy(const Tensor& draft_tokens, const Tensor& target_ids, const OptionalTensor& draft_lens,
+                             const OptionalTensor& active) {
+  constexpr auto op = "verify_chain_greedy";
+  const auto [B, K] = check_drafts(op, draft_tokens, draft_lens, active);
+  check_tensor(op, "target_ids", target_ids, {B, K + 1}, ScalarType::Long, draft_tokens);
+  Verified outputs = new_verified(draft_tokens, B, K + 1);
+  auto& [tokens, num_accepted, num_emitted, status] = outputs;
+  Launch launch(draft_tokens);
+  device::verify_chain_greedy({.draft_tokens = draft_tokens.const_data_ptr<int64_t>(),
+                               .target_ids = target_ids.const_data_ptr<int64_t>(),
+                               .draft_lens = data_of<int32_t>(draft_lens),
+                               .active = data_of<bool>(active),
+                               .tokens = tokens.mutable_data_ptr<int64_t>(),
+                               .num_accepted = num_accepted.mutable_data_ptr<int32_t>(),
+                               .num_emitted = num_emitted.mutable_data_ptr<int32_t>(),
+                               .status = status.mutable_data_ptr<int32_t>(),
+                               .batch = B,
+                               .K = K,
+                               .draft_stride = stride_of(draft_tokens, 0),
+                               .target_stride = stride_of(target_ids, 0)},
+                              launch.exec());
+  return outputs;
+}
+
+Verified verify_chain(const Tensor& draft_tokens, const OptionalTensor& draft_probs, const OptionalTensor& draft_lens,
+                      const OptionalTensor& target_logits, const OptionalTensor& target_probs, int64_t rule,
+                      const OptionalTensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
+                      const OptionalTensor& min_p, const OptionalTensor& bias, const OptionalTensor& ban_ids,
+                      const OptionalTensor& min_lengths, const OptionalTensor& uniforms, const OptionalTensor& seed,
+                      const OptionalTensor& offset, const OptionalTensor& active, bool emit_bonus) {
+  constexpr auto op = "verify_chain";
+  const auto [B, K] = check_drafts(op, draft_tokens, draft_lens, active);
+  FD_CHECK_ARG(rule == kRuleRatio || rule == kRuleCoupled, op, ": rule: expected ", int64_t{kRuleRatio}, " (ratio) or ",
+               int64_t{kRuleCoupled}, " (coupled), got ", rule);
+  FD_CHECK_ARG(target_logits.has_value() != target_probs.has_value(), op,
+               ": target_logits, target_probs: expected exactly one of them, got ", target_logits ? "both" : "neither");
+  const char* name = target_probs ? "target_probs" : "target_logits";
+  const Tensor& target = target_probs ? *target_probs : *target_logits;
+  const Rows r(op, name, target, 3, 3);
+  const int64_t V = r.vocab_size;
+  check_tensor(op, name, target, {B, K + 1, V}, target.scalar_type(), draft_tokens);
+  check_optional(op, "draft_probs", draft_probs, {B, K, V}, target.scalar_type(), draft_tokens);
+  if (rule == kRuleCoupled) {
+    FD_CHECK_ARG(target_logits.has_value(), op, ": target_probs: expected target_logits with rule coupled");
+    FD_CHECK_ARG(!draft_probs, op, ": draft_probs: expected None with rule coupled, which does not use them");
+  }
+  const FilterTensors f{temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths};
+  if (target_probs) {
+    const bool any = temperature || top_k || top_p || min_p || bias || ban_ids || min_lengths;
+    FD_CHECK_ARG(!any, op, ": target_probs: expected no filters beside it (they belong to target_probs' making)");
+  }
+  const FilterArgs filters = check_filters(op, f, offset, draft_tokens, B, V, seed.has_value());
+  const RandomArgs random = check_random(op, uniforms, seed, offset, draft_tokens, B, K + 1);
+  Verified outputs = new_verified(draft_tokens, B, K + 1);
+  auto& [tokens, num_accepted, num_emitted, status] = outputs;
+  Launch launch(draft_tokens);
+  VerifyChainArgs args{.draft_tokens = draft_tokens.const_data_ptr<int64_t>(),
+                       .draft_probs = data_of<void>(draft_probs),
+                       .draft_lens = data_of<int32_t>(draft_lens),
+                       .target = target.const_data_ptr(),
+                       .target_is_probs = target_probs.has_value(),
+                       .rule = static_cast<Rule>(rule),
+                       .filters = filters,
+                       .random = random,
+                       .active = data_of<bool>(active),
+                       .emit_bonus = emit_bonus,
+                       .tokens = tokens.mutable_data_ptr<int64_t>(),
+                       .num_accepted = num_accepted.mutable_data_ptr<int32_t>(),
+                       .num_emitted = num_emitted.mutable_data_ptr<int32_t>(),
+                       .status = status.mutable_data_ptr<int32_t>(),
+                       .scratch = nullptr,
+                       .batch = B,
+                       .K = K,
+                       .vocab_size = V,
+                       .draft_stride = stride_of(draft_tokens, 0),
+                       .draft_prob_stride = draft_probs ? stride_of(*draft_probs, 0) : 0,
+                       .draft_prob_row_stride = draft_probs ? stride_of(*draft_probs, 1) : 0,
+                       .target_stride = r.batch_stride,
+                       .target_row_stride = r.row_stride,
+                       .dtype = r.dtype};
+  args.scratch = launch.scratch(verify_chain_scratch_bytes(args, launch.exec()));
+  device::verify_chain(args, launch.exec());
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor> commit(const Tensor& tokens, const Tensor& num_emitted, Tensor lengths, Tensor finished,
+                                  const OptionalTensor& max_lengths, const OptionalTensor& stop_ids) {
+  constexpr auto op = "commit";
+  check_dims(op, "tokens", tokens, 2, 2);
+  const int64_t B = tokens.size(0), K1 = tokens.size(1);
+  check_tensor(op, "tokens", tokens, {B, K1}, ScalarType::Long, tokens);
+  check_tensor(op, "num_emitted", num_emitted, {B}, ScalarType::Int, tokens);
+  check_tensor(op, "lengths", lengths, {B}, ScalarType::Int, tokens);
+  check_tensor(op, "finished", finished, {B}, ScalarType::Bool, tokens);
+  check_optional(op, "max_lengths", max_lengths, {B}, ScalarType::Int, tokens);
+  if (stop_ids) {
+    check_dims(op, "stop_ids", *stop_ids, 2, 2);
+    check_tensor(op, "stop_ids", *stop_ids, {B, stop_ids->size(1)}, ScalarType::Long, tokens);
+  }
+  Tensor num_committed = output(tokens, {B}, ScalarType::Int);
+  Tensor reason = output(tokens, {B}, ScalarType::Int);
+  Launch launch(tokens);
+  device::commit({.tokens = tokens.const_data_ptr<int64_t>(),
+                  .num_emitted = num_emitted.const_data_ptr<int32_t>(),
+                  .lengths = lengths.mutable_data_ptr<int32_t>(),
+                  .finished = finished.mutable_data_ptr<bool>(),
+                  .max_lengths = data_of<int32_t>(max_lengths),
+                  .stop_ids = data_of<int64_t>(stop_ids),
+                  .num_committed = num_committed.mutable_data_ptr<int32_t>(),
+                  .reason = reason.mutable_data_ptr<int32_t>(),
+                  .batch = B,
+                  .K1 = K1,
+                  .num_stops = stop_ids ? stop_ids->size(1) : 0,
+                  .token_stride = stride_of(tokens, 0),
+                  .stop_stride = stop_ids ? stride_of(*stop_ids, 0) : 0},
+                 launch.exec());
+  return {num_committed, reason};
+}
+
+}  // namespace
+}  // namespace fastdecode::bind
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
+  m.def("verify_chain_greedy(Tensor draft_tokens, Tensor target_ids, Tensor? draft_lens, Tensor? active) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("verify_chain(Tensor draft_tokens, Tensor? draft_probs, Tensor? draft_lens, Tensor? target_logits, "
+        "Tensor? target_probs, int rule, " FD_FILTER_SCHEMA ", Tensor? uniforms, Tensor? seed, Tensor? offset, "
+        "Tensor? active, bool emit_bonus) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("commit(Tensor tokens, Tensor num_emitted, Tensor(a!) lengths, Tensor(b!) finished, Tensor? max_lengths, "
+        "Tensor? stop_ids) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {
+  using namespace fastdecode::bind;
+  m.impl("verify_chain_greedy", TORCH_BOX(&verify_chain_greedy));
+  m.impl("verify_chain", TORCH_BOX(&verify_chain));
+  m.impl("commit", TORCH_BOX(&commit));
+}

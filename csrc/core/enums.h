@@ -1,0 +1,39 @@
+// Numbers that cross the op boundary. Declared here once; _host exports them to Python under the same names.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdecode {
+
+// Bits of every op's `status` output; 0 = fine. kErrors end the request.
+enum Status : int32_t {
+  kStatusNaN = 1,               // the row holds NaN or +inf
+  kStatusNoMass = 2,            // nothing to choose from: every id is forbidden or has probability 0
+  kStatusUnmappedDraft = 4,     // a draft id lies outside the target's vocabulary
+  kStatusZeroDraftProb = 8,     // the draft law gives the drafted token probability 0
+  kStatusResidualFallback = 16, // the residual vanished by rounding; drew from the target row
+  kStatusBadLength = 32,        // a length outside its range
+  kStatusErrors = kStatusNaN | kStatusNoMass | kStatusBadLength,
+};
+
+// Acceptance rules of verify_chain (systems/speculative.md section 2).
+enum Rule : int64_t { kRuleRatio = 0, kRuleCoupled = 1 };
+
+// Why a request ended, from commit.
+enum FinishReason : int32_t { kFinishNone = 0, kFinishStop = 1, kFinishLength = 2 };
+
+// Second word of the Philox counter is stream << 24 | node: who draws.
+enum Stream : int64_t {
+  kStreamToken = 0,
+  kStreamDraft = 1,
+  kStreamAccept = 2,
+  kStreamResidual = 3,
+  kStreamBonus = 4,
+  kStreamUnmaskOrder = 5,
+  kStreamUnmaskToken = 6,
+  kStreamUser = 7,
+};
+
+enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+}  // namespace fastdecode

@@ -1,0 +1,31 @@
+// Running an op's rows on the caller's threads, each thread with a scratch buffer of its own.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/cpu_level.h"
+#include "core/exec.h"
+
+namespace fastdecode {
+
+// Buffers an op needs for `rows` rows: one per thread that can be at work.
+inline int64_t num_slots(int64_t rows, const Exec& ex) { return std::max<int64_t>(1, std::min<int64_t>(rows, ex.num_threads)); }
+
+}  // namespace fastdecode
+
+namespace fastdecode::FD_ISA {
+
+// body(row, buffer) for every row; `buffer` is the slot's `bytes` of `scratch`. Results must not depend on the slot.
+template <class Body>
+void for_each_row(const Exec& ex, int64_t rows, void* scratch, int64_t bytes, const Body& body) {
+  const int64_t slots = num_slots(rows, ex);
+  auto run_slot = [&](int64_t slot) {
+    void* buffer = static_cast<char*>(scratch) + slot * bytes;
+    for (int64_t row = slot; row < rows; row += slots) body(row, buffer);
+  };
+  if (slots == 1) return run_slot(0);
+  for_each(ex, slots, run_slot);
+}
+
+}  // namespace fastdecode::FD_ISA

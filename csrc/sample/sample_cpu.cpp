@@ -1,0 +1,42 @@
+#include "sample/sample.h"
+
+#include "core/rows.h"
+#include "core/sample_row.h"
+
+namespace fastdecode::FD_ISA {
+namespace {
+
+template <class T, class C = Compute<T>>
+void run(const SampleArgs& a, const Exec& ex) {
+  const int64_t V = a.vocab_size;
+  const RandomArgs& random = a.random;
+  for_each_row(ex, a.batch, a.scratch, row_scratch_bytes(V, sizeof(C) == 8), [&](int64_t b, void* buffer) {
+    a.tokens[b] = -1;
+    a.status[b] = 0;
+    if (a.active && !a.active[b]) return;
+    const RowScratch<C> s = row_scratch<C>(buffer, V);
+    const T* logits = static_cast<const T*>(a.logits) + b * a.batch_stride;
+    const RowLaw<C> law = row_law(logits, V, row_filter(a.filters, b, 0), s);
+    a.status[b] = law.status;
+    if (law.status) return;
+    std::optional<double> uniform;
+    if (random.uniforms) uniform = random.uniforms[b * random.uniform_stride];
+    const Noise noise(random.seed ? random.seed[b] : 0, random.offset ? random.offset[b] : 0, a.stream, a.node);
+    a.tokens[b] = draw_from_law(law, s, V, uniform, noise);
+  });
+}
+
+}  // namespace
+
+void sample(const SampleArgs& a, const Exec& ex) {
+  dispatch_logits(a.dtype, [&](auto tag) { run<typename decltype(tag)::type>(a, ex); });
+}
+
+}  // namespace fastdecode::FD_ISA
+
+#if FD_CPU_LEVEL == 1
+int64_t fastdecode::sample_scratch_bytes(const SampleArgs& a, const Exec& ex) {
+  return num_slots(a.batch, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
+}
+#endif
+FD_CPU_OP(sample, SampleArgs)

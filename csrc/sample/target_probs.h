@@ -1,0 +1,31 @@
+// The target law of a row of logits (OPS: bias, bans, temperature, top-k, top-p, min-p in this order; core/filter.h),
+// as probabilities. Plain sampling, drafting and verification all speak of this law.
+#pragma once
+
+#include <cstdint>
+
+#include "core/enums.h"
+#include "core/exec.h"
+#include "core/filter.h"
+
+namespace fastdecode {
+
+struct TargetProbsArgs {
+  const void* logits;  // [batch, rows, vocab_size] of `dtype`, last dim contiguous
+  FilterArgs filters;  // row i of request b predicts position filters.offset[b] + i
+  const bool* active;  // [batch]; nullptr = all. Inactive rows are not read
+  void* probs;         // [batch, rows, vocab_size], written, contiguous; float, double for double logits
+  int32_t* status;     // [batch, rows], written: 1 = NaN or +inf in the row, 2 = no id left. probs are then 0
+  void* scratch;       // target_probs_scratch_bytes
+  int64_t batch, rows, vocab_size;
+  int64_t batch_stride, row_stride;  // elements of logits
+  DType dtype;
+};
+
+int64_t target_probs_scratch_bytes(const TargetProbsArgs&, const Exec&);
+
+namespace cpu {
+void target_probs(const TargetProbsArgs&, const Exec&);
+}
+
+}  // namespace fastdecode

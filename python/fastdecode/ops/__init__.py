@@ -1,0 +1,20 @@
+"""The kernels as typed functions. Each is also `torch.ops.fastdecode.<name>.default`, with every argument positional."""
+
+from .sample import RowStats, Sampled, TargetProbs, TokenLogprobs, row_stats, sample, target_probs, token_logprobs
+from .verify import Committed, Verified, commit, verify_chain, verify_chain_greedy
+
+__all__ = [
+    "Committed",
+    "RowStats",
+    "Sampled",
+    "TargetProbs",
+    "TokenLogprobs",
+    "Verified",
+    "commit",
+    "row_stats",
+    "sample",
+    "target_probs",
+    "token_logprobs",
+    "verify_chain",
+    "verify_chain_greedy",
+]

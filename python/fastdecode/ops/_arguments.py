@@ -1,0 +1,63 @@
+"""What the wrappers share: scalars broadcast to one value per request, names to the numbers of csrc/core/enums.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FILTER_DOC = """
+        temperature: float32 [B]; <= 0 is greedy, ties to the lowest id. None means 1.
+        top_k: int32 [B]; keeps the k most likely ids, ties at the threshold by lowest id; <= 0 or >= V is off.
+        top_p: float32 [B]; keeps the most likely ids up to and with the one that crosses top_p; >= 1 is off.
+        min_p: float32 [B]; keeps ids with probability >= min_p times the largest, all ties; <= 0 is off.
+        bias: float32 [B, V] or [V], added to the logits first; -inf forbids an id.
+        ban_ids: int64 [B, S] or [S], padded with -1: ids that are forbidden.
+        min_lengths: int64 [B, S] or [S]: ban_ids[b, s] is forbidden only at absolute positions below this."""
+
+
+def per_request(value: Tensor | float | int | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A scalar becomes [B] on the device of `like` (whose first dimension is B); tensors and None pass."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+
+
+def per_request_rows(value: Tensor | None, like: Tensor) -> Tensor | None:
+    """A row shared by all requests becomes [B, S], without a copy."""
+    if value is None or value.dim() != 1:
+        return value
+    return value.unsqueeze(0).expand(like.shape[0], -1)
+
+
+def filters(
+    logits: Tensor,
+    temperature: Tensor | float | None,
+    top_k: Tensor | int | None,
+    top_p: Tensor | float | None,
+    min_p: Tensor | float | None,
+    bias: Tensor | None,
+    ban_ids: Tensor | None,
+    min_lengths: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The seven filter arguments in the order of the schemas."""
+    return (
+        per_request(temperature, logits, torch.float32),
+        per_request(top_k, logits, torch.int32),
+        per_request(top_p, logits, torch.float32),
+        per_request(min_p, logits, torch.float32),
+        per_request_rows(bias, logits),
+        per_request_rows(ban_ids, logits),
+        per_request_rows(min_lengths, logits),
+    )
+
+
+def value_dtype(logits: Tensor) -> torch.dtype:
+    """dtype of the float outputs of an op on these logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def with_filter_doc(function):  # type: ignore[no-untyped-def]
+    """Put the description of the filters where the docstring says {filters}."""
+    if function.__doc__:  # absent under python -OO
+        function.__doc__ = function.__doc__.replace("\n        {filters}", FILTER_DOC)
+    return function

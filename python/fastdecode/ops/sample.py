@@ -1,0 +1,236 @@
+"""Ops on rows of logits: statistics, the target law, drawing from it, log-probabilities (csrc/sample)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._arguments import filters, per_request, value_dtype, with_filter_doc
+
+
+class RowStats(NamedTuple):
+    """One value per row of logits, see `row_stats`."""
+
+    max: Tensor
+    argmax: Tensor
+    second: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    status: Tensor
+
+
+class TargetProbs(NamedTuple):
+    """See `target_probs`."""
+
+    probs: Tensor
+    status: Tensor
+
+
+class Sampled(NamedTuple):
+    """See `sample`."""
+
+    tokens: Tensor
+    status: Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    """See `token_logprobs`."""
+
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+    status: Tensor
+
+
+def row_stats(logits: Tensor, *, active: Tensor | None = None) -> RowStats:
+    """Statistics of each row of logits, from one read.
+
+    Args:
+        logits: float64, float32, float16 or bfloat16, [B, V] or [B, n, V]; rows may be strided, last dim contiguous.
+        active: bool [B]; requests that are False are not read.
+    Returns:
+        max, second (second largest, with multiplicity; -inf if V is 1), logsumexp, entropy (nats, of the softmax):
+        float32, or float64 for float64 logits; argmax: int64, lowest id among ties; status: int32, 1 = NaN or +inf in
+        the row, 2 = all -inf. All are [B] or [B, n]; argmax is -1 and the values are 0 where inactive or in error.
+        Does not synchronise.
+    Raises:
+        ValueError: wrong rank, dtype, layout or device.
+    Reference: tests/reference/sample.py.
+    """
+    return RowStats(*torch.ops.fastdecode.row_stats.default(logits, active))
+
+
+@torch.library.register_fake("fastdecode::row_stats")
+def _(logits: Tensor, active: Tensor | None) -> tuple[Tensor, ...]:
+    def new(dtype: torch.dtype) -> Tensor:
+        return logits.new_empty(logits.shape[:-1], dtype=dtype)
+
+    value = value_dtype(logits)
+    return new(value), new(torch.int64), new(value), new(value), new(value), new(torch.int32)
+
+
+@with_filter_doc
+def target_probs(
+    logits: Tensor,
+    *,
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    ban_ids: Tensor | None = None,
+    min_lengths: Tensor | None = None,
+    offset: Tensor | int | None = None,
+    active: Tensor | None = None,
+) -> TargetProbs:
+    """The law that `sample` draws from and `verify_chain` preserves, as probabilities.
+
+    Order: bias, bans, temperature, top-k, top-p, min-p; each filter sees the renormalised result of the one before, as
+    in transformers and vLLM.
+
+    Args:
+        logits: float64, float32, float16 or bfloat16, [B, V] or [B, n, V]; rows may be strided, last dim contiguous.
+        {filters}
+        offset: int64 [B]: absolute position of the token that row 0 predicts (row i: offset + i); only for min_lengths.
+        active: bool [B]; requests that are False are not read and get zeros.
+    Returns:
+        probs: shape of logits, float32 (float64 for float64 logits); status: int32 [B] or [B, n], 1 = NaN or +inf in
+        the row, 2 = no id left; the row's probs are then 0. Does not synchronise.
+    Raises:
+        ValueError: wrong rank, shape, dtype, layout or device; offset without min_lengths.
+    Reference: tests/reference/sample.py.
+    """
+    return TargetProbs(
+        *torch.ops.fastdecode.target_probs.default(
+            logits,
+            *filters(logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            per_request(offset, logits, torch.int64),
+            active,
+        )
+    )
+
+
+@torch.library.register_fake("fastdecode::target_probs")
+def _(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    probs = logits.new_empty(logits.shape, dtype=value_dtype(logits))
+    return probs, logits.new_empty(logits.shape[:-1], dtype=torch.int32)
+
+
+@with_filter_doc
+def sample(
+    logits: Tensor,
+    *,
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    ban_ids: Tensor | None = None,
+    min_lengths: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    stream: int = 0,
+    node: int = 0,
+    active: Tensor | None = None,
+) -> Sampled:
+    """One token per row from the law of `target_probs`.
+
+    Randomness is data. With `seed` and `offset` the draw is an exponential race on Philox noise keyed by (seed, offset,
+    stream, node, token id), so the token depends on nothing else: not on batch, thread count or device. With `uniforms`
+    it is the first id, in id order, whose cumulative probability exceeds the uniform.
+
+    Args:
+        logits: float64, float32, float16 or bfloat16, [B, V]; rows may be strided, last dim contiguous.
+        {filters}
+        uniforms: float64 [B] in (0, 1); excludes seed.
+        seed: int64 [B]; a request's key.
+        offset: int64 [B]: absolute position of the token being drawn; required with seed.
+        stream: 0..255, who draws; see `fastdecode.Stream`.
+        node: 0..2**24 - 1, slot of the row the noise is drawn over; 0 for plain sampling.
+        active: bool [B]; requests that are False are not read.
+    Returns:
+        tokens: int64 [B], -1 where inactive or in error; status: int32 [B], 1 = NaN or +inf in the row, 2 = no id
+        left. Does not synchronise.
+    Raises:
+        ValueError: wrong rank, shape, dtype, layout or device; both or neither of uniforms and seed.
+    Reference: tests/reference/sample.py.
+    """
+    return Sampled(
+        *torch.ops.fastdecode.sample.default(
+            logits,
+            *filters(logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            uniforms,
+            per_request(seed, logits, torch.int64),
+            per_request(offset, logits, torch.int64),
+            stream,
+            node,
+            active,
+        )
+    )
+
+
+@torch.library.register_fake("fastdecode::sample")
+def _(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    batch = logits.shape[:1]
+    return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.int32)
+
+
+@with_filter_doc
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    filtered: bool = False,
+    top: int = 0,
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    ban_ids: Tensor | None = None,
+    min_lengths: Tensor | None = None,
+    offset: Tensor | int | None = None,
+    active: Tensor | None = None,
+) -> TokenLogprobs:
+    """Natural-log probabilities of given tokens, and of the most likely ones.
+
+    Args:
+        logits: float64, float32, float16 or bfloat16, [B, V] or [B, n, V]; rows may be strided, last dim contiguous.
+        tokens: int64 [B] or [B, n]; -1 is padding, with log-probability 0.
+        filtered: True takes the law of `target_probs` under the filters below; False takes log_softmax(logits), the
+            number APIs report, and refuses filters.
+        top: how many of the most likely ids to return, 0..V.
+        {filters}
+        offset: int64 [B]: absolute position of the token that row 0 predicts; only for min_lengths.
+        active: bool [B]; requests that are False are not read.
+    Returns:
+        logprobs: [B] or [B, n], float32 (float64 for float64 logits), -inf where the law gives 0; top_ids: int64
+        [..., top], most likely first, ties by id, -1 where fewer are left; top_logprobs beside them, -inf beside -1;
+        status: int32, 1 = NaN or +inf in the row, 2 = no id left, 4 = a token outside the vocabulary. Does not
+        synchronise.
+    Raises:
+        ValueError: wrong rank, shape, dtype, layout or device; filters without filtered=True.
+    Reference: tests/reference/sample.py.
+    """
+    given = filters(logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths)
+    if not filtered and any(value is not None for value in given):
+        raise ValueError("token_logprobs: filtered: expected True beside filters, got False")
+    return TokenLogprobs(
+        *torch.ops.fastdecode.token_logprobs.default(
+            logits, tokens, top, *given, per_request(offset, logits, torch.int64), active
+        )
+    )
+
+
+@torch.library.register_fake("fastdecode::token_logprobs")
+def _(logits: Tensor, tokens: Tensor, top: int, *others: object) -> tuple[Tensor, ...]:
+    rows, value = logits.shape[:-1], value_dtype(logits)
+    return (
+        logits.new_empty(rows, dtype=value),
+        logits.new_empty((*rows, top), dtype=torch.int64),
+        logits.new_empty((*rows, top), dtype=value),
+        logits.new_empty(rows, dtype=torch.int32),
+    )

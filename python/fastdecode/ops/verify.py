@@ -1,0 +1,184 @@
+"""Ops that verify drafts against the target and take what holds (csrc/verify)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._host import Rule
+from ._arguments import filters, per_request, with_filter_doc
+
+
+class Verified(NamedTuple):
+    """What a verification emits, see `verify_chain`."""
+
+    tokens: Tensor
+    num_accepted: Tensor
+    num_emitted: Tensor
+    status: Tensor
+
+
+class Committed(NamedTuple):
+    """See `commit`."""
+
+    num_committed: Tensor
+    reason: Tensor
+
+
+def verify_chain_greedy(
+    draft_tokens: Tensor, target_ids: Tensor, draft_lens: Tensor | None = None, *, active: Tensor | None = None
+) -> Verified:
+    """Keep the draft tokens that greedy target decoding would have emitted itself, and the token after them.
+
+    Args:
+        draft_tokens: proposed tokens, int64 [B, K]; rows may be strided, last dim contiguous; K may be 0.
+        target_ids: target argmax at the root and after each draft token, int64 [B, K + 1], same device.
+        draft_lens: drafts in use per request, int32 [B], 0..K; None means K.
+        active: bool [B]; requests that are False are not read and emit nothing.
+    Returns:
+        tokens: int64 [B, K + 1] padded with -1; num_accepted: int32 [B], drafts kept; num_emitted: int32 [B],
+        num_accepted + 1 (0 where inactive or in error); status: int32 [B], see `fastdecode.Status`.
+        Does not synchronise.
+    Raises:
+        ValueError: wrong rank, shape, dtype or device.
+    Source: Stern et al. 2018, "verify" substep. Reference: tests/reference/verify.py.
+    """
+    return Verified(*torch.ops.fastdecode.verify_chain_greedy.default(draft_tokens, target_ids, draft_lens, active))
+
+
+@torch.library.register_fake("fastdecode::verify_chain_greedy")
+def _(draft_tokens: Tensor, target_ids: Tensor, *others: object) -> tuple[Tensor, ...]:
+    return _fake_verified(draft_tokens)
+
+
+@with_filter_doc
+def verify_chain(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None = None,
+    draft_lens: Tensor | None = None,
+    *,
+    target_logits: Tensor | None = None,
+    target_probs: Tensor | None = None,
+    rule: str | int = "ratio",
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    ban_ids: Tensor | None = None,
+    min_lengths: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    active: Tensor | None = None,
+    emit_bonus: bool = True,
+) -> Verified:
+    """Verify a chain of draft tokens so that what is emitted follows the target's law.
+
+    rule "ratio": accept draft x with probability min(1, p(x) / q(x)); at the first rejection emit one token from
+    norm((p - q)+), after full acceptance one from the next row. Exact in law if every draft token was drawn from its
+    row of draft_probs; without draft_probs any draft will do.
+    rule "coupled": emit what `sample` would draw from each row with the same seed, and go on while the draft agrees.
+    The tokens are those of plain sampling, whatever the drafts are.
+
+    Args:
+        draft_tokens: int64 [B, K]; rows may be strided, last dim contiguous; K may be 0.
+        draft_probs: [B, K, V] in the dtype of the target: the law each draft token was drawn from, after the same
+            filters; None means deterministic drafts. Rule ratio only.
+        draft_lens: drafts in use per request, int32 [B], 0..K; None means K.
+        target_logits: float64, float32, float16 or bfloat16 [B, K + 1, V]: row 0 predicts the token after the last
+            committed one, row i + 1 the token after draft i.
+        target_probs: the same as probabilities that sum to 1 (used as given); exactly one of the two; rule ratio only,
+            without filters. Rows of probabilities are read only where a decision needs them.
+        rule: "ratio", "coupled" or a `fastdecode.Rule`.
+        {filters}
+        uniforms: float64 [B, K + 1] in (0, 1). ratio: [b, i] accepts draft i, the last column makes the final draw
+            by inverse CDF; coupled: [b, i] draws from row i. Excludes seed.
+        seed: int64 [B].
+        offset: int64 [B]: absolute position of the token that row 0 predicts; required with seed.
+        active: bool [B]; requests that are False are not read and emit nothing.
+        emit_bonus: False emits nothing after full acceptance.
+    Returns:
+        tokens: int64 [B, K + 1] padded with -1; num_accepted: int32 [B], drafts kept; num_emitted: int32 [B],
+        num_accepted + 1, or num_accepted after full acceptance without bonus; status: int32 [B], bits of
+        `fastdecode.Status`; a request in error (NaN, no mass, bad length) has tokens -1 and counts 0. A draft id
+        outside the vocabulary is rejected, or is a mismatch. Does not synchronise.
+    Raises:
+        ValueError: wrong rank, shape, dtype, layout or device; arguments that conflict or that the rule does not use.
+    Source: Leviathan et al. 2023, Chen et al. 2023. Reference: tests/reference/verify.py.
+    """
+    return Verified(
+        *torch.ops.fastdecode.verify_chain.default(
+            draft_tokens,
+            draft_probs,
+            draft_lens,
+            target_logits,
+            target_probs,
+            _rule(rule),
+            *filters(draft_tokens, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            uniforms,
+            per_request(seed, draft_tokens, torch.int64),
+            per_request(offset, draft_tokens, torch.int64),
+            active,
+            emit_bonus,
+        )
+    )
+
+
+@torch.library.register_fake("fastdecode::verify_chain")
+def _(draft_tokens: Tensor, *others: object) -> tuple[Tensor, ...]:
+    return _fake_verified(draft_tokens)
+
+
+def commit(
+    tokens: Tensor,
+    num_emitted: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    *,
+    max_lengths: Tensor | None = None,
+    stop_ids: Tensor | None = None,
+) -> Committed:
+    """Take a round's tokens up to the first stop id and the length cap; advance `lengths`, set `finished`.
+
+    Args:
+        tokens: int64 [B, K + 1]; rows may be strided, last dim contiguous.
+        num_emitted: int32 [B], tokens in use per request; a number outside 0..K + 1 counts as 0.
+        lengths: int32 [B], changed in place: tokens the request has, prompt included.
+        finished: bool [B], changed in place; requests that are True already stay as they are.
+        max_lengths: int32 [B]; None means no cap.
+        stop_ids: int64 [B, S] or [S], padded with -1; None means none.
+    Returns:
+        num_committed: int32 [B], the stop id included; reason: int32 [B], a `fastdecode.FinishReason`: 0 goes on,
+        1 stop id, 2 length; stop wins where both hold. Does not synchronise.
+    Raises:
+        ValueError: wrong rank, shape, dtype, layout or device.
+    Reference: tests/reference/verify.py.
+    """
+    if stop_ids is not None and stop_ids.dim() == 1:
+        stop_ids = stop_ids.unsqueeze(0).expand(tokens.shape[0], -1)
+    return Committed(
+        *torch.ops.fastdecode.commit.default(tokens, num_emitted, lengths, finished, max_lengths, stop_ids)
+    )
+
+
+@torch.library.register_fake("fastdecode::commit")
+def _(tokens: Tensor, num_emitted: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(num_emitted), torch.empty_like(num_emitted)
+
+
+def _rule(rule: str | int) -> int:
+    if isinstance(rule, str):
+        names = {member.name.lower(): int(member) for member in Rule}
+        if rule not in names:
+            raise ValueError(f"verify_chain: rule: expected one of {sorted(names)}, got {rule!r}")
+        return names[rule]
+    return int(rule)
+
+
+def _fake_verified(draft_tokens: Tensor) -> tuple[Tensor, ...]:
+    batch, width = draft_tokens.shape[0], draft_tokens.shape[1] + 1
+    counts = [draft_tokens.new_empty((batch,), dtype=torch.int32) for _ in range(3)]
+    return draft_tokens.new_empty((batch, width)), *counts
