@@ -1,0 +1,46 @@
+"""Types of the compiled module: enums of csrc/core/enums.h, and data structures of drafters."""
+
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+class Status(enum.IntFlag):
+    NAN = 1
+    NO_MASS = 2
+    UNMAPPED_DRAFT = 4
+    ZERO_DRAFT_PROB = 8
+    RESIDUAL_FALLBACK = 16
+    BAD_LENGTH = 32
+    ERRORS = 35
+
+class Rule(enum.IntEnum):
+    RATIO = 0
+    COUPLED = 1
+
+class FinishReason(enum.IntEnum):
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+
+class Stream(enum.IntEnum):
+    TOKEN = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+    BONUS = 4
+    UNMASK_ORDER = 5
+    UNMASK_TOKEN = 6
+    USER = 7
+
+class NgramIndex:
+    """Where each n-gram of a growing text occurred last. ValueError unless 1 <= min_ngram <= max_ngram <= 64."""
+
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 1) -> None: ...
+    def extend(self, tokens: npt.NDArray[np.int64]) -> None:
+        """Append tokens, int64 [n], contiguous."""
+
+    def propose(self, k: int) -> npt.NDArray[np.int64]:
+        """What followed the most recent earlier occurrence of the longest repeated suffix: int64 [k], or [0] if none."""
+
+    def __len__(self) -> int: ...

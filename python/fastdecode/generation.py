@@ -1,0 +1,332 @@
+"""`generate` and `stream`: a model, prompts and a method in; tokens, text and statistics out."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._host import Rule
+from .drafters import Drafter
+from .loops import Batch, autoregressive, speculative
+from .methods import Method, find_method
+from .models import Model, load_model
+from .models.tokenizer import Tokenizer
+from .policies import FixedLength, Policy
+from .types import Chunk, Result, Results, SamplingParams
+
+__all__ = ["generate", "splitmix64", "stream"]
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+ModelLike = Model | str | os.PathLike[str]
+Prompt = str | Sequence[int] | Tensor | np.ndarray
+
+
+def generate(
+    model: ModelLike | None,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    method: str | Drafter = "plain",
+    rule: str | None = None,
+    draft_model: ModelLike | None = None,
+    draft_length: int | None = None,
+    policy: Policy | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    min_new_tokens: int | Sequence[int] = 0,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
+    min_p: float | Sequence[float | None] | None = None,
+    bias: Tensor | Mapping[int, float] | None = None,
+    ban_ids: Sequence[int] = (),
+    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_ids: Sequence[int] | None = None,
+    ignore_eos: bool = False,
+    logprobs: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    **parameters: float,
+) -> Result | Results:
+    """Generate a continuation of one prompt, or of several as one batch.
+
+    A request's tokens depend on its prompt, parameters and seed: not on what else is in the batch, and for methods
+    whose guarantee is "exact" not on the method either (with float64 models; a narrower one may round a near tie
+    differently in a longer pass).
+
+    Args:
+        model: a Model, a Hugging Face folder, or None for the model shipped with the package.
+        prompt: text, or ids (ints, an integer tensor [n] or array [n]); a list of either is a batch. A Model object
+            with ids needs torch and numpy only; text needs a tokenizer: `tokenizer`, or the folder's `tokenizer.json`.
+        method: a name from `fastdecode.METHODS`, or a Drafter of your own for the speculative loop.
+        rule: how drafts are accepted under sampling, "coupled" or "ratio" (see `fastdecode.methods`); None is the first
+            of the method's.
+        draft_model: a Model or folder with the same vocabulary, where the method has a draft model; None is the shipped
+            one if `model` is None too.
+        draft_length: most drafts per round; None is the method's default.
+        policy: decides the draft length instead of `draft_length`.
+        max_new_tokens: most tokens to generate; the model's context may end a request earlier.
+        min_new_tokens: end-of-text, stop ids and stop strings cannot end a request before this many tokens.
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: filters, in this order, each on the renormalised result of the one before; None is off.
+        bias: added to the logits, floating [V] or {id: value}.
+        ban_ids: ids that are never produced.
+        seed: request i gets the seed splitmix64(seed, i); None is 0.
+        seeds: one 64-bit seed per request, used as they are, instead of `seed`.
+        stop: string or strings that end the text before them.
+        stop_ids: ids that end a request, beside the model's end-of-text ids; they stay in `tokens`.
+        ignore_eos: treat the model's end-of-text ids as ordinary tokens.
+        logprobs: report log-probabilities, and those of this many likeliest ids (0: of the generated tokens only).
+        tokenizer: for text in and out; None reads the folder's.
+        dtype: of the weights of models read from folders; None is the default of `load_model`.
+        **parameters: the method's own, see its entry in `fastdecode.METHODS`.
+
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p and min_p may be lists with one value per prompt.
+
+    Returns:
+        Result for one prompt; for a list Results, a sequence of Result with the statistics of the batch.
+        `text` is None where there is no tokenizer.
+    Raises:
+        ValueError: an argument that is unknown, out of range or in conflict with another; an empty prompt, one longer
+            than the model's context, an id outside the vocabulary.
+        ImportError: text without the tokenizers package, a folder without safetensors.
+    """
+    run = _prepare(locals(), with_text=False)
+    results: dict[int, Result] = {}
+    for chunks in run.rounds:
+        results.update({chunk.index: chunk.result for chunk in chunks if chunk.result is not None})
+    if run.single:
+        return results[0]
+    return Results(tuple(results[index] for index in range(len(results))), run.batch.statistics)
+
+
+def stream(model: ModelLike | None, prompt: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Chunk]:
+    """`generate`, round by round: yields a Chunk for every request that a round advanced.
+
+    Takes the arguments of `generate` and checks them before it returns. A request's last chunk carries its Result.
+    """
+    arguments = inspect.signature(generate).bind(model, prompt, **options)
+    arguments.apply_defaults()
+    run = _prepare(arguments.arguments, with_text=True)
+    return (chunk for chunks in run.rounds for chunk in chunks)
+
+
+def splitmix64(seed: int, index: int) -> int:
+    """Output number `index` (0, 1, ...) of SplitMix64 started at `seed`, in 0..2^64 - 1 (Steele et al. 2014).
+
+    z = seed + (index + 1) * 0x9E3779B97F4A7C15, then z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9,
+    z = (z ^ z >> 27) * 0x94D049BB133111EB, z ^ z >> 31, all mod 2^64.
+    """
+    mask = 2**64 - 1
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+    return z ^ z >> 31
+
+
+# --- from arguments to a running batch --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    batch: Batch
+    rounds: Iterator[list[Chunk]]
+    single: bool
+
+
+def _prepare(given: Mapping[str, Any], *, with_text: bool) -> _Run:
+    """Check the arguments of `generate`, load what they name, and set the loop up; nothing has been decoded yet."""
+    method = _method(given["method"])
+    parameters = _parameters(method, given)
+    model, folder = _model("model", given["model"], CHECKPOINTS / "tiny-code", given["dtype"])
+    prompts, single = _split(given["prompt"])
+    needs_text = any(isinstance(item, str) for item in prompts) or bool(given["stop"])
+    tokenizer = given["tokenizer"] or _tokenizer(folder, needed=needs_text)
+    ids = [_ids(item, tokenizer, model) for item in prompts]
+    params = _sampling(given, len(ids), model.config.vocab_size)
+    rule = Rule.RATIO if _rule(method, given["rule"]) == "ratio" else Rule.COUPLED
+    if method.drafter is None or method.policy is None:
+        batch = Batch(model.config, ids, params, rule=rule, tokenizer=tokenizer, with_text=with_text)
+        return _Run(batch, autoregressive(model, batch), single)
+    drafter = method.drafter(parameters, _draft_model(given, model) if method.needs_draft_model else None)
+    policy = given["policy"] or method.policy(parameters)
+    batch = Batch(model.config, ids, params, rule=rule, tokenizer=tokenizer, with_text=with_text)
+    return _Run(batch, speculative(model, batch, drafter, policy), single)
+
+
+def _fail(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"generate: {name}: expected {expected}, got {got!r}")
+
+
+def _method(method: str | Drafter) -> Method:
+    if isinstance(method, Drafter):
+        return Method(
+            name=type(method).__name__,
+            paper="your own",
+            parts=("speculative", type(method).__name__, "FixedLength", "verify_chain"),
+            parameters={"draft_length": 4},
+            rules=("coupled", "ratio"),
+            drafter=lambda parameters, model: method,
+            policy=lambda parameters: FixedLength(parameters["draft_length"]),
+        )
+    return find_method(method)
+
+
+def _parameters(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's parameters with the caller's values; ValueError for what the method does not take."""
+    own = {**given["parameters"]}
+    if given["draft_length"] is not None:
+        own["draft_length"] = given["draft_length"]
+    for name, value in own.items():
+        if name not in method.parameters:
+            takes = ", ".join(method.parameters) or "no parameters of its own"
+            raise _fail(name, f"an argument of generate, or of method {method.name!r} ({takes})", value)
+    if given["draft_model"] is not None and not method.needs_draft_model:
+        raise _fail("draft_model", f"None, method {method.name!r} uses none", given["draft_model"])
+    if given["policy"] is not None and method.policy is None:
+        raise _fail("policy", f"None, method {method.name!r} drafts nothing", given["policy"])
+    if given["policy"] is not None and given["draft_length"] is not None:
+        raise _fail("policy", "one of policy and draft_length", "both")
+    return {**method.parameters, **own}
+
+
+def _rule(method: Method, rule: str | None) -> str | None:
+    if rule is None:
+        return next(iter(method.rules), None)
+    if rule not in method.rules:
+        expected = f"None or one of {', '.join(method.rules)}" if method.rules else f"None for method {method.name!r}"
+        raise _fail("rule", expected, rule)
+    return rule
+
+
+def _model(name: str, model: ModelLike | None, shipped: Path, dtype: torch.dtype | None) -> tuple[Model, Path | None]:
+    """The model, and the folder it was read from if it was."""
+    if model is None and not shipped.is_dir():
+        raise _fail(name, f"a Model or a folder; the shipped model is not installed at {shipped}", None)
+    if model is None or isinstance(model, (str, os.PathLike)):
+        folder = shipped if model is None else Path(model)
+        return (load_model(folder) if dtype is None else load_model(folder, dtype=dtype)), folder
+    if dtype is not None:
+        raise _fail("dtype", "None for a model that is already loaded", dtype)
+    return model, None
+
+
+def _draft_model(given: Mapping[str, Any], target: Model) -> Model:
+    if given["draft_model"] is None and given["model"] is not None:
+        raise _fail("draft_model", f"a Model or a folder, which method {given['method']!r} drafts with", None)
+    dtype = None if isinstance(given["draft_model"], Model) else given["dtype"]
+    draft, _ = _model("draft_model", given["draft_model"], CHECKPOINTS / "tiny-code-draft", dtype)
+    if draft.config.vocab_size != target.config.vocab_size:
+        expected = f"a vocabulary of {target.config.vocab_size} ids, as the model's"
+        raise _fail("draft_model", expected, draft.config.vocab_size)
+    return draft
+
+
+def _tokenizer(folder: Path | None, *, needed: bool) -> Tokenizer | None:
+    """The folder's tokenizer. Where no text was asked for, one that cannot be read is no error."""
+    if folder is None:
+        if needed:
+            raise _fail("tokenizer", "a Tokenizer, because prompt or stop is text and model is not a folder", None)
+        return None
+    if needed or ((folder / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers") is not None):
+        return Tokenizer.from_folder(folder)
+    return None
+
+
+def _split(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether there was just one that was not in a list."""
+    if isinstance(prompt, str) or (isinstance(prompt, (Tensor, np.ndarray)) and prompt.ndim == 1):
+        return [prompt], True
+    prompts: list[Any] = list(prompt)
+    if not prompts:
+        raise _fail("prompt", "text or ids, at least one", prompt)
+    if all(isinstance(item, (int, np.integer)) for item in prompts):
+        return [prompts], True
+    return prompts, False
+
+
+def _ids(prompt: Prompt, tokenizer: Tokenizer | None, model: Model) -> list[int]:
+    if isinstance(prompt, str):
+        assert tokenizer is not None
+        ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, (Tensor, np.ndarray)):
+        if prompt.ndim != 1 or "int" not in str(prompt.dtype):
+            raise _fail("prompt", "ids as integers [n]", f"{prompt.dtype} {list(prompt.shape)}")
+        ids = prompt.tolist()
+    else:
+        ids = list(prompt)
+        if not all(isinstance(item, (int, np.integer)) for item in ids):
+            raise _fail("prompt", "text or ids", prompt)
+        ids = [int(item) for item in ids]
+    vocab_size, limit = model.config.vocab_size, model.config.max_context
+    if not ids:
+        raise _fail("prompt", "at least one token", prompt)
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise _fail("prompt", f"ids 0..{vocab_size - 1}", next(item for item in ids if not 0 <= item < vocab_size))
+    if len(ids) > limit:
+        raise _fail("prompt", f"at most {limit} tokens (max_context)", len(ids))
+    return ids
+
+
+_PER_REQUEST = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
+
+
+def _sampling(given: Mapping[str, Any], batch: int, vocab_size: int) -> list[SamplingParams]:
+    """One SamplingParams per request."""
+    columns = {}
+    for name in _PER_REQUEST:
+        value = given[name]
+        if isinstance(value, (Sequence, Tensor, np.ndarray)):
+            if len(value) != batch:
+                raise _fail(name, f"one value or {batch}, one per prompt", value)
+            columns[name] = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)
+        else:
+            columns[name] = [value] * batch
+    stop = given["stop"]
+    common = {
+        "bias": _bias(given["bias"], vocab_size),
+        "ban_ids": _vocabulary_ids("ban_ids", given["ban_ids"], vocab_size),
+        "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+        "stop_ids": _vocabulary_ids("stop_ids", given["stop_ids"] or (), vocab_size),
+        "ignore_eos": given["ignore_eos"],
+        "logprobs": given["logprobs"],
+    }
+    if common["logprobs"] is not None and common["logprobs"] > vocab_size:
+        raise _fail("logprobs", f"at most {vocab_size} (the vocabulary)", common["logprobs"])
+    seeds = given["seeds"]
+    if seeds is None:
+        seeds = [splitmix64(given["seed"] or 0, index) for index in range(batch)]
+    elif given["seed"] is not None:
+        raise _fail("seeds", "one of seed and seeds", "both")
+    elif len(seeds) != batch:
+        raise _fail("seeds", f"{batch} seeds, one per prompt", seeds)
+    return [
+        SamplingParams(seed=int(seeds[row]), **{name: columns[name][row] for name in _PER_REQUEST}, **common)
+        for row in range(batch)
+    ]
+
+
+def _bias(bias: Tensor | Mapping[int, float] | None, vocab_size: int) -> Tensor | Mapping[int, float] | None:
+    if isinstance(bias, Tensor):
+        if list(bias.shape) != [vocab_size] or not bias.is_floating_point():
+            raise _fail("bias", f"floating [{vocab_size}]", f"{bias.dtype} {list(bias.shape)}")
+    elif bias is not None:
+        _vocabulary_ids("bias", tuple(bias), vocab_size)
+    return bias
+
+
+def _vocabulary_ids(name: str, ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    for item in ids:
+        if not 0 <= item < vocab_size:
+            raise _fail(name, f"ids 0..{vocab_size - 1}", item)
+    return tuple(int(item) for item in ids)

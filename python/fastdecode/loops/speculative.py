@@ -1,0 +1,98 @@
+"""Speculative decoding with one chain of drafts per request (systems/speculative.md 2.1, 2.2 and 2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..drafters.base import Context, Drafter
+from ..models.base import Model
+from ..policies.base import Policy
+from ..types import Chunk, Draft, StepStats
+from .batch import Batch
+
+__all__ = ["speculative"]
+
+
+@torch.inference_mode()
+def speculative(model: Model, batch: Batch, drafter: Drafter, policy: Policy) -> Iterator[list[Chunk]]:
+    """Decode every request of `batch` to its end; yields the chunks of each round.
+
+    Greedy requests and those under the coupled rule get the tokens of plain decoding; under the ratio rule, their law.
+    """
+    yield batch.start()
+    if not batch.running:
+        return
+    context = batch.context
+    cache = batch.prefill(model)
+    drafter.begin(context)
+    batch.lap("prefill")
+    while batch.running:
+        # 2.1 step 1: draft x_1 .. x_gamma; near a request's end only as many as it has room for
+        draft = drafter.propose(context, batch.budget(policy.next_length(batch.statistics)), policy.stop)
+        lens = draft.lens.tolist()
+        batch.lap("draft")
+
+        # 2.1 step 2: one target forward scores the root and every draft
+        slots = torch.cat((batch.roots(), draft.tokens), 1)
+        num_tokens = None if min(lens) == draft.tokens.shape[1] else [length + 1 for length in lens]
+        output = model.forward(slots, cache=cache, num_tokens=num_tokens)
+        assert output.logits is not None
+        batch.lap("target")
+
+        # 2.1 steps 3 and 4 (2.2 for greedy, 2.3 for coupled): accept a prefix, and one token more
+        verified = verify(context, draft, output.logits)
+        committed = batch.commit(verified.tokens, verified.num_emitted, cache)
+        batch.lap("verify")
+
+        context.last = StepStats(draft, verified.tokens, verified.num_accepted, committed.num_committed, output)
+        drafter.commit(context.last)
+        chunks = batch.record(
+            verified.tokens, committed, verified.status, output.logits, drafted=lens, accepted=verified.num_accepted
+        )
+        if (rows := batch.leavers()) is not None:
+            batch.select(rows)
+            cache.select(rows)
+            drafter.select(rows)
+        batch.lap("other")
+        yield chunks
+
+
+def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verified:
+    """Accept the drafts by the batch's rule; target_logits [B, K + 1, V]."""
+    if not context.greedy:
+        probs = draft.probs
+        if probs is not None and probs.dtype != target_logits.dtype:
+            # widened, not narrowed: rounding the draft's law after it was drawn from would bias the ratio
+            dtype = torch.promote_types(probs.dtype, target_logits.dtype)
+            probs, target_logits = probs.to(dtype), target_logits.to(dtype)
+        return ops.verify_chain(
+            draft.tokens,
+            probs,
+            draft.lens,
+            target_logits=target_logits,
+            rule=context.rule,
+            **context.filter_arguments(),
+            seed=context.seeds,
+            offset=context.offset,
+            active=context.active,
+        )
+    stats = ops.row_stats(target_logits, active=context.active)
+    verified = ops.verify_chain_greedy(draft.tokens, stats.argmax, draft.lens, active=context.active)
+    return _with_status(verified, stats.status) if bool(stats.status.any()) else verified
+
+
+def _with_status(verified: ops.Verified, row_status: Tensor) -> ops.Verified:
+    """Requests whose emitted tokens came to a row without an argmax (-1) end in error, as verify_chain has it."""
+    last = (verified.num_emitted.to(torch.int64) - 1).clamp(min=0).unsqueeze(1)
+    broken = (verified.num_emitted > 0) & (verified.tokens.gather(1, last)[:, 0] < 0)
+    status = torch.where(broken, row_status.gather(1, last)[:, 0], verified.status)
+    return ops.Verified(
+        verified.tokens.masked_fill(broken.unsqueeze(1), -1),
+        verified.num_accepted.masked_fill(broken, 0),
+        verified.num_emitted.masked_fill(broken, 0),
+        status,
+    )

@@ -1,0 +1,248 @@
+"""The values that pass between generate, the loops, the drafters and the policies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .models.base import Output
+
+__all__ = ["Chunk", "Draft", "Finish", "Result", "Results", "SamplingParams", "Statistics", "StepStats"]
+
+Finish = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens a drafter proposes after the committed ones, one chain per request.
+
+    Attributes:
+        tokens: int64 [B, K], ids of the target's vocabulary; entries past `lens` are not read. K may be 0.
+        lens: int32 [B], 0..K drafts in use.
+        probs: floating [B, K, V], the law each token was drawn from, after the request's filters; None for tokens that
+            were not drawn (a lookup), and under the greedy and coupled rules, which use no law.
+    """
+
+    tokens: Tensor
+    lens: Tensor
+    probs: Tensor | None = None
+
+    @staticmethod
+    def none(batch: int) -> Draft:
+        """No draft for any of `batch` requests."""
+        return Draft(torch.empty(batch, 0, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What one request asks for. `None` switches a filter off.
+
+    Attributes:
+        temperature: 0 is greedy (ties to the lowest id).
+        top_k, top_p, min_p: filters, each on the renormalised result of the one before, in this order.
+        bias: added to the logits: floating [V], or {id: value}; -inf forbids an id.
+        ban_ids: ids that are never produced.
+        seed: 64-bit key of the request's random numbers.
+        max_new_tokens: most tokens to generate; the model's context may end a request earlier.
+        min_new_tokens: end-of-text, stop ids and stop strings cannot end the request before this many tokens.
+        stop: the text ends before the first of these strings; `tokens` ends with the token that completes it.
+        stop_ids: ids that end the request, beside the model's end-of-text ids; the id found is the last of `tokens`.
+        ignore_eos: the model's end-of-text ids are ordinary tokens.
+        logprobs: None, or how many of the likeliest ids to report per token beside the token itself; 0: none.
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    bias: Tensor | Mapping[int, float] | None = None
+    ban_ids: tuple[int, ...] = ()
+    seed: int = 0
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a finite number >= 0")
+        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 0, "an int >= 0 (0 = off)")
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "a number in (0, 1]")
+        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p < 1, "a number in [0, 1)")
+        _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "64 bits")
+        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "an int >= 0")
+        limit = self.max_new_tokens
+        _check("min_new_tokens", self.min_new_tokens, 0 <= self.min_new_tokens <= limit, f"0..{limit} (max_new_tokens)")
+        _check("stop", self.stop, all(self.stop), "strings that are not empty")
+        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or an int >= 0")
+
+
+def _check(name: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"generate: {name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What became of a draft; given to `Drafter.commit` after each round.
+
+    Attributes:
+        draft: what the drafter proposed.
+        tokens: int64 [B, K + 1], the tokens the round produced, -1 past the emitted ones.
+        num_accepted: int32 [B], drafts the rule accepted.
+        num_committed: int32 [B], tokens that joined the text (the end of a request may trim what was accepted).
+        output: the target's output over root and drafts: row i belongs to slot i.
+    """
+
+    draft: Draft
+    tokens: Tensor
+    num_accepted: Tensor
+    num_committed: Tensor
+    output: Output
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What decoding cost, for one request or for a batch. Filled while the loop runs, hence not frozen.
+
+    Attributes:
+        tokens: tokens generated.
+        target_passes: forwards of the target after the prompt.
+        request_passes: requests in those forwards, summed; the same number for one request.
+        drafted_histogram: entry k counts the passes of a request that verified exactly k drafts.
+        accepted_histogram: entry k counts the passes of a request that kept exactly k drafts.
+        seconds: wall time by part: prefill, draft, target, verify (acceptance, commit, cache), other. A request's clock
+            runs from the start of its batch until the request ends.
+    """
+
+    tokens: int = 0
+    target_passes: int = 0
+    request_passes: int = 0
+    drafted_histogram: list[int] = field(default_factory=lambda: [0])
+    accepted_histogram: list[int] = field(default_factory=lambda: [0])
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+    @property
+    def drafted(self) -> int:
+        """Drafts that were verified."""
+        return sum(k * count for k, count in enumerate(self.drafted_histogram))
+
+    @property
+    def accepted(self) -> int:
+        """Drafts that were kept."""
+        return sum(k * count for k, count in enumerate(self.accepted_histogram))
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """For draft 1, 2, ...: the share kept of those verified there; one behind a rejected draft is not kept."""
+        shares = []
+        for k in range(1, len(self.drafted_histogram)):
+            shares.append(sum(self.accepted_histogram[k:]) / max(1, sum(self.drafted_histogram[k:])))
+        return shares
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens a request gained per target pass; a larger batch does not raise it."""
+        return self.tokens / max(1, self.request_passes)
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time, prompt included."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over wall time, prompt included; 0 before the first."""
+        return self.tokens / self.total_seconds if self.total_seconds > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Generated tokens over the time after the prompt was read."""
+        seconds = self.total_seconds - self.seconds["prefill"]
+        return self.tokens / seconds if seconds > 0 else 0.0
+
+    def count_pass(self, drafted: int, accepted: int, committed: int) -> None:
+        """One request's share of one target pass."""
+        while len(self.drafted_histogram) <= drafted:
+            self.drafted_histogram.append(0)
+            self.accepted_histogram.append(0)
+        self.request_passes += 1
+        self.drafted_histogram[drafted] += 1
+        self.accepted_histogram[accepted] += 1
+        self.tokens += committed
+
+
+PARTS = ("prefill", "draft", "target", "verify", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One finished request.
+
+    Attributes:
+        prompt_tokens: ids of the prompt.
+        tokens: generated ids; an end-of-text or stop id that ended the request is the last of them.
+        text: their text without special tokens, cut before a stop string; None where there is no tokenizer.
+        finish_reason: "stop", "length", or "error": the target's row held NaN, or every id was forbidden.
+        stop: the id or the string that ended the request, else None.
+        logprobs: natural log-probability of each token in the model's own law (temperature 1, no filters), or None.
+        top_logprobs: the likeliest (id, log-probability) pairs at each token, best first, or None.
+        seed: key of the request's random numbers.
+        statistics: what it cost.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str | None
+    finish_reason: Finish
+    stop: int | str | None
+    logprobs: list[float] | None
+    top_logprobs: list[list[tuple[int, float]]] | None
+    seed: int
+    statistics: Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Results(Sequence[Result]):
+    """The finished requests of a batch in the order of the prompts, and what they cost together."""
+
+    items: tuple[Result, ...]
+    statistics: Statistics
+
+    @overload
+    def __getitem__(self, index: int) -> Result: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Result, ...]: ...
+    def __getitem__(self, index: int | slice) -> Result | tuple[Result, ...]:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one round added to one request.
+
+    Attributes:
+        index: which prompt.
+        tokens: ids committed in this round; all chunks of a request together are `Result.tokens`.
+        text: text that is now certain (no half characters, nothing a stop string may still cut); all chunks together
+            are `Result.text`. None where there is no tokenizer.
+        result: the finished request in its last chunk, else None.
+    """
+
+    index: int
+    tokens: list[int]
+    text: str | None
+    result: Result | None
