@@ -195,7 +195,7 @@ class _Step:
     scattered to per-row positions, and shorter rows are masked, their unused slots cleared (0 * NaN would not be 0).
     """
 
-    __slots__ = ("batch", "cache_dtype", "calls", "factors", "k", "k_new", "model", "n", "slots", "v", "v_new")
+    __slots__ = ("batch", "cache_dtype", "calls", "factors", "factors_k", "k", "k_new", "model", "n", "slots", "v", "v_new")
 
     def __init__(
         self,
@@ -230,6 +230,7 @@ class _Step:
                     cache.v[:, row, :, length + n : total].zero_()
             self.calls = {window: mask.ragged(slots, total) for window, mask in model._masks.items()}
         self.factors = self._rotation(positions, counts, before, equal)
+        self.factors_k = self.factors.transpose(1, 2)
 
     def _rotation(self, positions: Tensor | None, counts: list[int] | None, before: int, equal: bool) -> Tensor:
         """Complex [1 or B, n, 1, head_dim / 2]."""
@@ -277,9 +278,9 @@ class _Step:
         if self.slots is None:
             k = pairs.as_strided((batch, kv_heads, n, half), (n * row, half, row, 1), q_heads * half)
             if self.cache_dtype == torch.bfloat16:
-                self.k_new[index].copy_(torch.view_as_real(k * self.factors.transpose(1, 2)))
+                self.k_new[index].copy_(torch.view_as_real(k * self.factors_k))
             else:
-                torch.mul(k, self.factors.transpose(1, 2), out=self.k_new[index])
+                torch.mul(k, self.factors_k, out=self.k_new[index])
             self.v_new[index].copy_(v)
         else:
             k = pairs.as_strided((batch, n, kv_heads, half), (n * row, row, half, 1), q_heads * half)
