@@ -195,7 +195,20 @@ class _Step:
     scattered to per-row positions, and shorter rows are masked, their unused slots cleared (0 * NaN would not be 0).
     """
 
-    __slots__ = ("batch", "cache_dtype", "calls", "factors", "factors_k", "k", "k_new", "model", "n", "slots", "v", "v_new")
+    __slots__ = (
+        "batch",
+        "cache_dtype",
+        "calls",
+        "factors",
+        "factors_k",
+        "k",
+        "k_new",
+        "model",
+        "n",
+        "slots",
+        "v",
+        "v_new",
+    )
 
     def __init__(
         self,
