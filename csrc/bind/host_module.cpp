@@ -39,4 +39,5 @@ PYBIND11_MODULE(_host, m) {
       .value("UNMASK_TOKEN", kStreamUnmaskToken)
       .value("USER", kStreamUser)
       .finalize();
+  bind_ngram_index(m);
 }

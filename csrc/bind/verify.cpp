@@ -65,7 +65,10 @@ Verified verify_chain(const Tensor& draft_tokens, const OptionalTensor& draft_pr
   const Rows r(op, name, target, 3, 3);
   const int64_t V = r.vocab_size;
   check_tensor(op, name, target, {B, K + 1, V}, target.scalar_type(), draft_tokens);
-  check_optional(op, "draft_probs", draft_probs, {B, K, V}, target.scalar_type(), draft_tokens);
+  const ScalarType computed = output_dtype(r.dtype);
+  const bool draft_is_computed = draft_probs && draft_probs->scalar_type() == computed;
+  check_optional(op, "draft_probs", draft_probs, {B, K, V}, draft_is_computed ? computed : target.scalar_type(),
+                 draft_tokens);
   if (rule == kRuleCoupled) {
     FD_CHECK_ARG(target_logits.has_value(), op, ": target_probs: expected target_logits with rule coupled");
     FD_CHECK_ARG(!draft_probs, op, ": draft_probs: expected None with rule coupled, which does not use them");
@@ -103,7 +106,8 @@ Verified verify_chain(const Tensor& draft_tokens, const OptionalTensor& draft_pr
                        .draft_prob_row_stride = draft_probs ? stride_of(*draft_probs, 1) : 0,
                        .target_stride = r.batch_stride,
                        .target_row_stride = r.row_stride,
-                       .dtype = r.dtype};
+                       .dtype = r.dtype,
+                       .draft_dtype = draft_is_computed && r.dtype != DType::kFloat64 ? DType::kFloat32 : r.dtype};
   args.scratch = launch.scratch(verify_chain_scratch_bytes(args, launch.exec()));
   device::verify_chain(args, launch.exec());
   return outputs;

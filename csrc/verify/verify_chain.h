@@ -19,7 +19,7 @@ namespace fastdecode {
 
 struct VerifyChainArgs {
   const int64_t* draft_tokens;  // [batch, K]
-  const void* draft_probs;      // [batch, K, vocab_size] of `dtype`; nullptr = one-hot. ratio only
+  const void* draft_probs;      // [batch, K, vocab_size] of `draft_dtype`; nullptr = one-hot. ratio only
   const int32_t* draft_lens;    // [batch], 0..K; nullptr = all K
   const void* target;           // [batch, K + 1, vocab_size] of `dtype`: logits, or probabilities (ratio only)
   bool target_is_probs;         // used as given, not renormalised; filters are then all off
@@ -38,6 +38,7 @@ struct VerifyChainArgs {
   int64_t draft_prob_stride, draft_prob_row_stride;  // elements between requests, between rows
   int64_t target_stride, target_row_stride;
   DType dtype;
+  DType draft_dtype;  // `dtype`, or the type rows of `dtype` are computed in (float; double for double)
 };
 
 int64_t verify_chain_scratch_bytes(const VerifyChainArgs&, const Exec&);

@@ -7,7 +7,8 @@ namespace fastdecode::FD_ISA {
 namespace {
 
 // One request: its rows, its randomness, and what it has emitted so far.
-template <class T, class C = Compute<T>>
+// T: elements of the target, Q: of the draft probabilities.
+template <class T, class Q, class C = Compute<T>>
 class Request {
  public:
   Request(const VerifyChainArgs& args, int64_t b, void* buffer)
@@ -74,7 +75,7 @@ class Request {
   // One token from norm((p - q)+) of row i, whose draft x was rejected.
   void emit_residual(int64_t i, int64_t x) {
     const bool dense = a.draft_probs != nullptr;
-    const T* q = dense ? draft_row(i) : nullptr;
+    const Q* q = dense ? draft_row(i) : nullptr;
     int bad = 0;
     for (int64_t v = 0; v < V; ++v) {
       const C p_v = static_cast<C>(target_prob(i, v));
@@ -154,8 +155,8 @@ class Request {
   const T* target_row(int64_t i) const {
     return static_cast<const T*>(a.target) + b * a.target_stride + i * a.target_row_stride;
   }
-  const T* draft_row(int64_t i) const {
-    return static_cast<const T*>(a.draft_probs) + b * a.draft_prob_stride + i * a.draft_prob_row_stride;
+  const Q* draft_row(int64_t i) const {
+    return static_cast<const Q*>(a.draft_probs) + b * a.draft_prob_stride + i * a.draft_prob_row_stride;
   }
   void emit(int64_t token) { tokens[num_emitted++] = token; }
   void fail(int32_t bit) { status |= bit; }
@@ -174,7 +175,13 @@ void verify_chain(const VerifyChainArgs& a, const Exec& ex) {
   dispatch_logits(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int64_t bytes = row_scratch_bytes(a.vocab_size, sizeof(Compute<T>) == 8);
-    for_each_row(ex, a.batch, a.scratch, bytes, [&](int64_t b, void* buffer) { Request<T>(a, b, buffer).run(); });
+    for_each_row(ex, a.batch, a.scratch, bytes, [&](int64_t b, void* buffer) {
+      if (a.draft_dtype == a.dtype) {
+        Request<T, T>(a, b, buffer).run();
+      } else {
+        Request<T, Compute<T>>(a, b, buffer).run();
+      }
+    });
   });
 }
 

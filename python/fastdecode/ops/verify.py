@@ -85,8 +85,9 @@ def verify_chain(
 
     Args:
         draft_tokens: int64 [B, K]; rows may be strided, last dim contiguous; K may be 0.
-        draft_probs: [B, K, V] in the dtype of the target: the law each draft token was drawn from, after the same
-            filters; None means deterministic drafts. Rule ratio only.
+        draft_probs: [B, K, V] in the dtype of the target, or in that of `target_probs` of it (float32; float64 for
+            float64): the law each draft token was drawn from, after the same filters; None means deterministic
+            drafts. Rule ratio only.
         draft_lens: drafts in use per request, int32 [B], 0..K; None means K.
         target_logits: float64, float32, float16 or bfloat16 [B, K + 1, V]: row 0 predicts the token after the last
             committed one, row i + 1 the token after draft i.
