@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from . import corpus
@@ -33,6 +33,12 @@ def save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+
+
+def load(model: Llama, folder: Path) -> Llama:
+    """Fill `model` with the weights that `save` wrote."""
+    model.load_state_dict(load_file(str(folder / "model.safetensors")))
+    return model
 
 
 @torch.no_grad()

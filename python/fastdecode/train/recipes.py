@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from . import checkpoint, corpus, tokenizer
-from .model import TINY_CODE, Llama
+from .model import TINY_CODE, TINY_CODE_DRAFT, Llama
 from .run import Recipe, train
 
-RECIPES = {"tiny-code": Recipe(tokens=11_000_000)}
+RECIPES = {
+    "tiny-code": Recipe(tokens=9_000_000),
+    "tiny-code-draft": Recipe(tokens=6_000_000),
+}
 
 
 def corpus_stream(out: Path) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
@@ -53,8 +57,67 @@ def train_tiny_code(recipe: Recipe, out: Path) -> None:
         model, stream, lambda w: next_token_loss(compiled, w), recipe, out / "tiny-code.run", monitor=monitor
     )
     checkpoint.save(model, tok, out / "tiny-code")
-    score = checkpoint.bits_per_byte(model, tok)
-    print(f"tiny-code: {summary['tokens']:,} tokens in {summary['seconds'] / 60:.1f} minutes, held-out {score:.4f} bits per byte")
+    _report("tiny-code", summary, checkpoint.bits_per_byte(model, tok))
 
 
-TRAINERS = {"tiny-code": train_tiny_code}
+def own_outputs(target: Path, stream: np.ndarray, num_texts: int, seed: int, batch: int = 64) -> np.ndarray:
+    """What the target writes: prompts of 64 tokens from the corpus, each with 192 tokens of its own, int32 [total].
+
+    Three quarters are drawn at temperature 1, one quarter is greedy: a draft is asked for both.
+    """
+    from .. import generate  # the trainer of a model for the library is its first user
+    from ..models import load_model
+
+    model = load_model(target)
+    starts = np.random.default_rng(seed).integers(0, len(stream) - 64, num_texts)
+    texts = []
+    for first in track(range(0, num_texts, batch), description="tiny-code writes"):
+        prompts = [stream[s : s + 64].astype(np.int64) for s in starts[first : first + batch]]
+        temperatures = [0.0 if i % 4 == 3 else 1.0 for i in range(len(prompts))]
+        seeds = list(range(first, first + len(prompts)))
+        results = generate(
+            model, prompts, max_new_tokens=192, temperature=temperatures, seeds=seeds, ignore_eos=True
+        )
+        texts += [np.concatenate([p, r.tokens]).astype(np.int32) for p, r in zip(prompts, results, strict=True)]
+    return np.concatenate(texts)
+
+
+def distillation_loss(draft: torch.nn.Module, target: torch.nn.Module, windows: Tensor) -> Tensor:
+    """KL(target || draft) in nats per token (Zhou et al. 2024, DistillSpec); windows int64 [rows, size + 1]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            wanted = F.log_softmax(target(windows[:, :-1]).flatten(0, 1).float(), -1)
+        logits = draft(windows[:, :-1])
+    return F.kl_div(F.log_softmax(logits.flatten(0, 1).float(), -1), wanted, reduction="batchmean", log_target=True)
+
+
+def train_tiny_code_draft(recipe: Recipe, out: Path) -> None:
+    """The draft: one layer, distilled from tiny-code on the target's own outputs and on the corpus, half and half."""
+    tok, stream, _ = corpus_stream(out)
+    written = out / "own-outputs.npy"
+    if not written.exists():
+        np.save(written, own_outputs(out / "tiny-code", stream, num_texts=6144, seed=recipe.seed))
+    own = np.load(written)
+    taken = np.random.default_rng(recipe.seed).integers(0, len(stream) - len(own))
+    mixed = np.concatenate([own, stream[taken : taken + len(own)]])
+    torch.manual_seed(recipe.seed)
+    target = checkpoint.load(Llama(TINY_CODE), out / "tiny-code").requires_grad_(False)
+    draft = Llama(TINY_CODE_DRAFT)
+    compiled_target, compiled_draft = torch.compile(target), torch.compile(draft)
+    summary = train(
+        draft,
+        mixed,
+        lambda w: distillation_loss(compiled_draft, compiled_target, w),
+        recipe,
+        out / "tiny-code-draft.run",
+    )
+    checkpoint.save(draft, tok, out / "tiny-code-draft")
+    _report("tiny-code-draft", summary, checkpoint.bits_per_byte(draft, tok))
+
+
+def _report(name: str, summary: dict[str, float], score: float) -> None:
+    minutes = summary["seconds"] / 60
+    print(f"{name}: {summary['tokens']:,} tokens in {minutes:.1f} minutes, held-out {score:.4f} bits per byte")
+
+
+TRAINERS = {"tiny-code": train_tiny_code, "tiny-code-draft": train_tiny_code_draft}
