@@ -247,6 +247,8 @@ def _split(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """The prompts, and whether there was just one that was not in a list."""
     if isinstance(prompt, str) or (isinstance(prompt, (Tensor, np.ndarray)) and prompt.ndim == 1):
         return [prompt], True
+    if not isinstance(prompt, (Sequence, Tensor, np.ndarray)):
+        raise _fail("prompt", "text or ids, or a list of either", prompt)
     prompts: list[Any] = list(prompt)
     if not prompts:
         raise _fail("prompt", "text or ids, at least one", prompt)
@@ -264,10 +266,9 @@ def _ids(prompt: Prompt, tokenizer: Tokenizer | None, model: Model) -> list[int]
             raise _fail("prompt", "ids as integers [n]", f"{prompt.dtype} {list(prompt.shape)}")
         ids = prompt.tolist()
     else:
-        ids = list(prompt)
-        if not all(isinstance(item, (int, np.integer)) for item in ids):
+        if not isinstance(prompt, Sequence) or not all(isinstance(item, (int, np.integer)) for item in prompt):
             raise _fail("prompt", "text or ids", prompt)
-        ids = [int(item) for item in ids]
+        ids = [int(item) for item in prompt]
     vocab_size, limit = model.config.vocab_size, model.config.max_context
     if not ids:
         raise _fail("prompt", "at least one token", prompt)

@@ -1,0 +1,177 @@
+"""Where requests end: end-of-text, stop ids, stop strings, caps, the context, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import toys
+from drafters import Known
+
+from fastdecode.drafters import PromptLookup, SmallModel
+from fastdecode.generation import generate, stream
+
+CHAIN = toys.Chain()  # 0, 1, 2, ... 12, 0, 1, ...
+
+
+def along(prompt: list[int], n: int) -> list[int]:
+    return [(prompt[-1] + 1 + i) % toys.VOCAB for i in range(n)]
+
+
+def run(prompt: list[int], length: int = 4, model=CHAIN, **options):
+    """With a drafter that knows the text, so that every round is full."""
+    options.setdefault("max_new_tokens", 12)
+    return generate(
+        model, prompt, method=Known([prompt + along(prompt, 40)], toys.VOCAB), draft_length=length, **options
+    )
+
+
+@pytest.mark.parametrize("slot", range(5), ids=["first", "second", "middle", "last-draft", "bonus"])
+@pytest.mark.parametrize("kind", ["eos", "stop-id"])
+def test_an_end_in_any_slot_of_a_round(slot, kind):
+    end = 1 + slot
+    model = toys.Chain(eos_token_ids=(end,)) if kind == "eos" else CHAIN
+    result = run([0], model=model, stop_ids=[end] if kind == "stop-id" else None)
+    assert result.tokens == along([0], slot + 1)
+    assert (result.finish_reason, result.stop) == ("stop", end)
+    assert result.statistics.target_passes == 1
+    assert result.statistics.accepted == min(slot + 1, 4)
+
+
+def test_ignore_eos_keeps_stop_ids():
+    model = toys.Chain(eos_token_ids=(3,))
+    assert run([0], model=model, ignore_eos=True).tokens == along([0], 12)
+    assert run([0], model=model, ignore_eos=True, stop_ids=[5]).tokens == along([0], 5)
+
+
+@pytest.mark.parametrize("cap", range(8))
+def test_a_cap_inside_a_round(cap):
+    result = run([0], max_new_tokens=cap)
+    assert result.tokens == along([0], cap)
+    assert (result.finish_reason, result.stop) == ("length", None)
+    assert result.statistics.target_passes == -(-cap // 5)
+
+
+@pytest.mark.parametrize("method", ["plain", "prompt-lookup", "speculative"])
+def test_the_context_is_a_cap(method):
+    target, draft = toys.native(max_context=16), toys.native(noise=0.15, max_context=16)
+    prompts = [[1] * n for n in (16, 15, 14, 3)]
+    draft_model = {"draft_model": draft} if method == "speculative" else {}
+    results = generate(target, prompts, method=method, max_new_tokens=100, **draft_model)
+    assert [len(result.tokens) for result in results] == [0, 1, 2, 13]
+    assert {result.finish_reason for result in results} == {"length"}
+    free = generate(toys.native(max_context=64), prompts, max_new_tokens=[0, 1, 2, 13])
+    assert [result.tokens for result in results] == [result.tokens for result in free]
+
+
+@pytest.mark.parametrize("least", range(1, 8))
+def test_ends_are_forbidden_below_min_new_tokens(least):
+    model = toys.Chain(eos_token_ids=(3,))
+    plain = generate(model, [0], min_new_tokens=least, max_new_tokens=12)
+    assert len(plain.tokens) >= least
+    assert 3 not in plain.tokens[: least - 1]
+    for options in ({}, {"temperature": 0.8}):
+        expected = generate(model, [0], min_new_tokens=least, max_new_tokens=12, stop_ids=[5], **options)
+        for drafter in (Known([[0, *along([0], 40)]], toys.VOCAB), SmallModel(toys.noisy(model)), PromptLookup()):
+            result = generate(
+                model, [0], method=drafter, min_new_tokens=least, max_new_tokens=12, stop_ids=[5], **options
+            )
+            assert (result.tokens, result.finish_reason) == (expected.tokens, expected.finish_reason)
+
+
+def test_bias_and_bans_hold_for_every_method():
+    options = {"bias": {4: -float("inf"), 7: 30.0}, "ban_ids": [2]}
+    expected = generate(CHAIN, [[0], [5]], max_new_tokens=12, **options)
+    assert expected[1].tokens == [7] * 12
+    bias = torch.zeros(toys.VOCAB)
+    bias[4], bias[7] = -float("inf"), 30.0
+    same = generate(CHAIN, [[0], [5]], max_new_tokens=12, bias=bias, ban_ids=[2], method="prompt-lookup")
+    assert [result.tokens for result in same] == [result.tokens for result in expected]
+    banned = generate(CHAIN, [0], max_new_tokens=50, ban_ids=[2, 3], temperature=3.0, method="prompt-lookup")
+    assert not {2, 3} & set(banned.tokens)
+
+
+PIECES = ["a", "b", "ab", "c", "bc", "d", " ", "e", "x", "y", "z", "!", "<end>"]
+LETTERS = toys.letters(PIECES)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("stop", "tokens", "text", "found"),
+    [
+        ("c", 3, "bab", "c"),  # the very token
+        ("bc", 3, "ba", "bc"),  # across two tokens, before the token of that name
+        (["bcbc"], 4, "ba", "bcbc"),  # across three tokens
+        (["d ", "cb"], 4, "bab", "cb"),  # the first of several
+        (["nothing"], 10, "babcbcd exyz", None),
+        ("bab", 2, "", "bab"),  # from the first letter
+    ],
+)
+def test_stop_strings_across_tokens(length, stop, tokens, text, found):
+    expected = generate(CHAIN, [0], tokenizer=LETTERS, stop=stop, max_new_tokens=10)
+    result = run([0], length, tokenizer=LETTERS, stop=stop, max_new_tokens=10)
+    for each in (expected, result):
+        assert (len(each.tokens), each.text, each.stop) == (tokens, text, found)
+        assert each.finish_reason == ("stop" if found else "length")
+    late = run([0], length, tokenizer=LETTERS, stop=stop, max_new_tokens=10, min_new_tokens=10)
+    assert len(late.tokens) == 10
+
+
+@pytest.mark.parametrize("stop", [None, "bcbc", ["d ", "xyz!"], "zz", "yz!"])
+@pytest.mark.parametrize("method", ["plain", "prompt-lookup"])
+def test_streamed_pieces_are_the_result(stop, method):
+    prompts = [[0], [4, 5], [0, 1, 2, 3], [11]]
+    options = {"tokenizer": LETTERS, "stop": stop, "max_new_tokens": [11, 5, 0, 30], "method": method, "stop_ids": [12]}
+    expected = generate(CHAIN, prompts, **options)
+    pieces: dict[int, list] = {i: [] for i in range(4)}
+    for chunk in stream(CHAIN, prompts, **options):
+        pieces[chunk.index].append(chunk)
+    for result, chunks in zip(expected, pieces.values()):
+        assert [token for chunk in chunks for token in chunk.tokens] == result.tokens
+        assert "".join(chunk.text for chunk in chunks) == result.text
+        assert [chunk.result is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+        last = chunks[-1].result
+        assert (last.tokens, last.text, last.finish_reason) == (result.tokens, result.text, result.finish_reason)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "rule": "ratio"}], ids=str)
+@pytest.mark.parametrize("method", ["plain", "speculative"])
+def test_a_request_in_error_leaves_the_others_alone(method, options):
+    if method == "plain" and "rule" in options:
+        pytest.skip("plain decoding has no rule")
+    target = toys.table()
+    broken = toys.Broken(target, marked=9, first=5)
+    prompts = [[1, 2], [9, 3], [4, 5, 6]]
+    if method == "speculative":
+        options = {**options, "draft_model": toys.noisy(target), "draft_length": 3}
+    alone = generate(target, prompts, method=method, max_new_tokens=12, **options)
+    results = generate(broken, prompts, method=method, max_new_tokens=12, **options)
+    assert [results[i].tokens for i in (0, 2)] == [alone[i].tokens for i in (0, 2)]
+    assert [result.finish_reason for result in results] == ["length", "error", "length"]
+    # the row of position 5 predicts the sixth token; a round that comes upon it is lost as a whole
+    kept = results[1].tokens
+    assert kept == alone[1].tokens[: len(kept)] and len(kept) <= 4
+    if method == "plain":
+        assert len(kept) == 4
+
+
+def test_everything_forbidden_is_an_error():
+    result = generate(CHAIN, [0], ban_ids=list(range(toys.VOCAB)))
+    assert (result.tokens, result.finish_reason) == ([], "error")
+
+
+def test_cache_and_text_agree_after_every_round():
+    """The committed cache holds the text but its last token, whatever was rejected."""
+    target = toys.table()
+    seen = []
+    real = target.forward
+
+    def watch(tokens, *, cache, **options):
+        for row, length in enumerate(cache.host_lens):
+            seen.append((cache.tokens[row, :length].tolist(), int(tokens[row, 0])))
+        return real(tokens, cache=cache, **options)
+
+    target.forward = watch  # type: ignore[method-assign]
+    result = generate(target, [1, 2, 3], method=SmallModel(toys.noisy(toys.table())), max_new_tokens=20)
+    text = [1, 2, 3, *result.tokens]
+    for cached, root in seen[1:]:  # the first is the prefill
+        assert [*cached, root] == text[: len(cached) + 1]

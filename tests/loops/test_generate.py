@@ -1,0 +1,167 @@
+"""The arguments of generate, what it reports, and the table of methods."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import toys
+
+from fastdecode.drafters import SmallModel
+from fastdecode.generation import generate, splitmix64, stream
+from fastdecode.methods import METHODS, find_method
+from fastdecode.policies import ConfidenceStop, FixedLength
+from fastdecode.types import Result, Results
+
+TARGET = toys.table(eos_token_ids=(11,))
+DRAFT = toys.noisy(TARGET)
+
+
+def test_one_prompt_gives_a_result_and_a_list_gives_results():
+    one = generate(TARGET, [1, 2], max_new_tokens=5)
+    assert isinstance(one, Result) and one.prompt_tokens == [1, 2] and one.text is None
+    assert generate(TARGET, torch.tensor([1, 2]), max_new_tokens=5).tokens == one.tokens
+    assert generate(TARGET, np.array([1, 2], dtype=np.int32), max_new_tokens=5).tokens == one.tokens
+    for prompts in ([[1, 2]], torch.tensor([[1, 2]]), (torch.tensor([1, 2]),), [np.array([1, 2])]):
+        many = generate(TARGET, prompts, max_new_tokens=5)
+        assert isinstance(many, Results) and len(many) == 1 and many[0].tokens == one.tokens
+        assert [result.tokens for result in many] == [one.tokens]
+    text = generate(TARGET, "ab", tokenizer=toys.letters("abcdefghijklm"), max_new_tokens=5)
+    assert text.prompt_tokens == [0, 1] and text.text == "".join("abcdefghijkl"[i] for i in text.tokens if i != 12)
+
+
+def test_splitmix64_is_the_published_generator():
+    # the first outputs for seed 1234567, from the reference implementation
+    assert [splitmix64(1234567, i) for i in range(3)] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
+
+
+def test_seeds():
+    options = {"temperature": 1.0, "max_new_tokens": 20, "ignore_eos": True}
+    base = generate(TARGET, [[1], [1]], **options)
+    assert base[0].tokens != base[1].tokens
+    assert [result.seed for result in base] == [splitmix64(0, 0), splitmix64(0, 1)]
+    again = generate(TARGET, [[1], [1]], seed=0, **options)
+    named = generate(TARGET, [[1], [1]], seeds=[splitmix64(0, i) for i in range(2)], **options)
+    other = generate(TARGET, [[1], [1]], seed=1, **options)
+    assert [r.tokens for r in base] == [r.tokens for r in again] == [r.tokens for r in named]
+    assert base[0].tokens != other[0].tokens
+    # 64 bits are 64 bits, signed or not
+    assert (
+        generate(TARGET, [1], seeds=[-1], **options).tokens
+        == generate(TARGET, [1], seeds=[2**64 - 1], **options).tokens
+    )
+
+
+@pytest.mark.parametrize("method", ["plain", "speculative", "prompt-lookup"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 3}], ids=["greedy", "sampled"])
+def test_logprobs_are_those_of_the_text_read_again(method, options):
+    if method == "speculative":
+        options = {**options, "draft_model": DRAFT}
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8]]
+    results = generate(
+        TARGET, prompts, method=method, logprobs=3, max_new_tokens=[14, 3, 9, 0], stop_ids=[6], **options
+    )
+    for result in results:
+        assert len(result.logprobs) == len(result.top_logprobs) == len(result.tokens)
+        text = result.prompt_tokens + result.tokens
+        rows = TARGET.forward(torch.tensor([text]), cache=TARGET.new_cache(1, 64)).logits[0].log_softmax(-1)
+        for i, token in enumerate(result.tokens):
+            row = rows[len(result.prompt_tokens) + i - 1]
+            assert result.logprobs[i] == pytest.approx(row[token].item(), abs=1e-12)
+            values, ids = row.topk(3)
+            assert [pair[0] for pair in result.top_logprobs[i]] == ids.tolist()
+            assert [pair[1] for pair in result.top_logprobs[i]] == pytest.approx(values.tolist(), abs=1e-12)
+    only = generate(TARGET, [1, 2, 3], logprobs=0, max_new_tokens=4, ignore_eos=True)
+    assert len(only.logprobs) == 4 and only.top_logprobs is None
+
+
+def test_statistics_add_up():
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 7, 8]]
+    results = generate(TARGET, prompts, method="speculative", draft_model=DRAFT, max_new_tokens=[30, 3, 9, 20])
+    total = results.statistics
+    each = [result.statistics for result in results]
+    assert total.tokens == sum(statistics.tokens for statistics in each)
+    assert total.request_passes == sum(statistics.request_passes for statistics in each)
+    assert total.target_passes == max(statistics.target_passes for statistics in each)
+    assert total.drafted == sum(statistics.drafted for statistics in each)
+    assert total.accepted == sum(statistics.accepted for statistics in each)
+    for statistics in each:
+        assert sum(statistics.accepted_histogram) == sum(statistics.drafted_histogram) == statistics.target_passes
+        assert set(statistics.seconds) == {"prefill", "draft", "target", "verify", "other"}
+        assert 0 < statistics.total_seconds <= total.total_seconds
+        assert statistics.tokens_per_second > 0 and statistics.decode_tokens_per_second > 0
+        assert len(statistics.acceptance_by_position) == len(statistics.drafted_histogram) - 1
+
+
+def test_methods():
+    assert list(METHODS) == ["plain", "speculative", "speculative-confidence", "prompt-lookup"]
+    speculative = find_method("speculative")
+    assert speculative.guarantee() == speculative.guarantee("coupled", sampled=True) == "exact"
+    assert speculative.guarantee("ratio", sampled=True) == "in law"
+    assert speculative.guarantee("ratio") == "exact"
+    with pytest.raises(
+        ValueError, match=r"method: expected one of plain, .*, got 'specultive'; did you mean 'speculative'"
+    ):
+        generate(TARGET, [1], method="specultive")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "prompt: expected text or ids, at least one"),
+        ({"prompt": [[1], []]}, "prompt: expected at least one token"),
+        ({"prompt": [1, 13]}, r"prompt: expected ids 0\.\.12, got 13"),
+        ({"prompt": [1, -1]}, r"prompt: expected ids 0\.\.12, got -1"),
+        ({"prompt": [0.5]}, "prompt: expected"),
+        ({"prompt": [[0.5]]}, "prompt: expected text or ids"),
+        ({"prompt": torch.tensor([0.5])}, "prompt: expected ids as integers"),
+        ({"prompt": [1] * 4097}, r"prompt: expected at most 4096 tokens \(max_context\), got 4097"),
+        ({"prompt": "text"}, "tokenizer: expected a Tokenizer"),
+        ({"stop": "x"}, "tokenizer: expected a Tokenizer"),
+        ({"stop": [""]}, "tokenizer|stop"),
+        ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1.0"),
+        ({"temperature": [0.0, 1.0]}, "temperature: expected one value or 1"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.0}, "min_p"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, r"min_new_tokens: expected 0\.\.4"),
+        ({"seed": 1, "seeds": [1]}, "seeds: expected one of seed and seeds, got 'both'"),
+        ({"seeds": [1, 2]}, "seeds: expected 1 seeds"),
+        ({"seeds": [2**64]}, "seed: expected 64 bits"),
+        ({"stop_ids": [13]}, r"stop_ids: expected ids 0\.\.12, got 13"),
+        ({"ban_ids": [-1]}, "ban_ids"),
+        ({"bias": {99: 1.0}}, "bias"),
+        ({"bias": torch.zeros(5)}, r"bias: expected floating \[13\]"),
+        ({"logprobs": 14}, "logprobs: expected at most 13"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"dtype": torch.float64}, "dtype: expected None for a model that is already loaded"),
+        ({"rule": "ratio"}, "rule: expected None for method 'plain', got 'ratio'"),
+        ({"draft_model": DRAFT}, "draft_model: expected None, method 'plain' uses none"),
+        ({"draft_length": 3}, r"draft_length: expected .*method 'plain' \(no parameters of its own\), got 3"),
+        ({"policy": FixedLength(3)}, "policy: expected None, method 'plain' drafts nothing"),
+        ({"temprature": 1.0}, "temprature: expected an argument of generate"),
+        ({"method": "speculative"}, "draft_model: expected a Model or a folder"),
+        ({"method": "speculative", "draft_model": toys.table(7)}, "draft_model: expected a vocabulary of 13 ids"),
+        ({"method": "prompt-lookup", "rule": "best"}, "rule: expected None or one of coupled, ratio, got 'best'"),
+        ({"method": "prompt-lookup", "max_ngram": 0}, "max_ngram"),
+        ({"method": "prompt-lookup", "draft_length": -1}, "length: expected >= 0"),
+        ({"method": "prompt-lookup", "draft_length": 2, "policy": FixedLength(3)}, "policy: expected one of"),
+    ],
+)
+def test_messages(options, message):
+    options = {"prompt": [1], **options}
+    for call in (generate, stream):  # stream checks before its first chunk is asked for
+        with pytest.raises(ValueError, match=message):
+            call(TARGET, **options)
+
+
+def test_policies_and_drafters_check_their_arguments():
+    with pytest.raises(ValueError, match=r"threshold: expected 0\.\.1, got 2"):
+        ConfidenceStop(4, 2)
+    with pytest.raises(ValueError, match=r"expected begin\(\) before it"):
+        SmallModel(DRAFT).propose(None, [1], None)  # type: ignore[arg-type]

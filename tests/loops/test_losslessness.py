@@ -1,0 +1,190 @@
+"""Greedy and coupled speculation give plain decoding's tokens, whatever is drafted, in whatever batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import toys
+from drafters import Known, Random
+
+from fastdecode.drafters import Drafter, PromptLookup, SmallModel
+from fastdecode.generation import generate
+from fastdecode.policies import ConfidenceStop
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 5, 6], [0, 0], [9, 1, 9, 1, 9], [12], [3, 2, 1], [7, 7, 7, 7, 7, 7, 7, 7]]
+NEW = [12, 25, 3, 1, 18, 25, 7, 30]
+SAMPLED = {"temperature": 0.7, "top_p": 0.95}
+
+
+@functools.cache
+def models(kind: str) -> tuple:
+    if kind == "table":
+        target = toys.table(eos_token_ids=(11,))
+        return target, toys.noisy(target)
+    return toys.native(), toys.native(noise=0.15)
+
+
+def drafter(name: str, kind: str, texts: list[list[int]]) -> Drafter:
+    makers: dict[str, Callable[[], Drafter]] = {
+        "small-model": lambda: SmallModel(models(kind)[1]),
+        "prompt-lookup": PromptLookup,
+        "perfect": lambda: Known(texts, toys.VOCAB),
+        "random": lambda: Random(toys.VOCAB),
+        "adversarial": lambda: Known(texts, toys.VOCAB, shift=1),
+    }
+    return makers[name]()
+
+
+@functools.cache
+def plain(kind: str, batch: int, sampled: float) -> list[list[int]]:
+    """Every request on its own, so that batching is compared too."""
+    options = {**SAMPLED, "temperature": sampled} if sampled else {}
+    target = models(kind)[0]
+    return [
+        generate(target, prompt, max_new_tokens=new, seeds=[seed], **options).tokens
+        for seed, (prompt, new) in enumerate(zip(PROMPTS[:batch], NEW[:batch]))
+    ]
+
+
+@pytest.mark.parametrize("name", ["small-model", "prompt-lookup", "perfect", "random", "adversarial"])
+@pytest.mark.parametrize("length", [1, 4, 8])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("sampled", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("kind", ["table", "native"])
+def test_same_tokens_as_plain(kind, sampled, batch, length, name):
+    expected = plain(kind, batch, sampled)
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, expected)]
+    options = {**SAMPLED, "temperature": sampled} if sampled else {}
+    results = generate(
+        models(kind)[0],
+        PROMPTS[:batch],
+        method=drafter(name, kind, texts),
+        draft_length=length,
+        max_new_tokens=NEW[:batch],
+        seeds=list(range(batch)),
+        **options,
+    )
+    assert [result.tokens for result in results] == expected
+    for result in results:
+        statistics = result.statistics
+        assert statistics.tokens == len(result.tokens)
+        if name == "adversarial":
+            assert statistics.accepted == 0 and statistics.target_passes == len(result.tokens)
+        if name == "perfect":  # every pass gives length + 1 tokens; only the last may fall short
+            assert statistics.target_passes == -(-len(result.tokens) // (length + 1))
+
+
+@pytest.mark.parametrize("sampled", [0.0, 1.0])
+def test_plain_decoding_does_not_depend_on_the_batch(sampled):
+    target, _ = models("native")
+    order = [6, 3, 0, 7, 2, 5, 1, 4]
+    options = {"temperature": sampled} if sampled else {}
+    expected = [
+        generate(target, PROMPTS[i], max_new_tokens=NEW[i], seeds=[i], **options).tokens for i in range(len(PROMPTS))
+    ]
+    for rows in (order, order[:3], order + order):
+        results = generate(
+            target, [PROMPTS[i] for i in rows], max_new_tokens=[NEW[i] for i in rows], seeds=rows, **options
+        )
+        assert [result.tokens for result in results] == [expected[i] for i in rows]
+
+
+def test_mixed_temperatures_and_filters_in_one_batch():
+    target, draft = models("table")
+    temperature, top_k, min_p = (
+        [0.0, 1.0, 0.0, 0.7, 1.3, 0.0, 1.0, 1.0],
+        [0, 3, 2, None, 5, 0, 0, 1],
+        [0.1] + [None] * 7,
+    )
+    expected = [
+        generate(target, PROMPTS[i], temperature=temperature[i], top_k=top_k[i], min_p=min_p[i], seeds=[i]).tokens
+        for i in range(8)
+    ]
+    for method in (SmallModel(draft), PromptLookup()):
+        results = generate(
+            target, PROMPTS, method=method, temperature=temperature, top_k=top_k, min_p=min_p, seeds=list(range(8))
+        )
+        assert [result.tokens for result in results] == expected
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "coupled"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_stopping_by_confidence_changes_no_token(options, threshold):
+    target, draft = models("table")
+    expected = generate(target, PROMPTS, max_new_tokens=NEW, **options)
+    results = generate(
+        target,
+        PROMPTS,
+        method="speculative-confidence",
+        draft_model=draft,
+        draft_length=5,
+        confidence=threshold,
+        max_new_tokens=NEW,
+        **options,
+    )
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    drafted = results.statistics.drafted_histogram
+    if threshold == 0.0:
+        assert sum(drafted[5:]) > 0
+    if threshold == 1.0:  # a row of a random table is never certain: one draft and no more
+        assert sum(drafted[2:]) == 0
+
+
+def test_the_draft_model_itself_as_target_is_always_accepted():
+    target, _ = models("native")
+    for options in ({}, SAMPLED, {**SAMPLED, "rule": "ratio"}):
+        result = generate(
+            target, [1, 2, 3], method="speculative", draft_model=target, draft_length=4, max_new_tokens=40, **options
+        )
+        assert result.statistics.target_passes == 8
+        assert result.statistics.tokens_per_pass == 5.0
+        assert result.statistics.acceptance_by_position == [1.0] * 4
+
+
+def test_a_request_that_outgrows_the_draft_models_context_goes_on_without_drafts():
+    target, draft = models("table")[0], toys.noisy(models("table")[0], max_context=10)
+    prompts = [[1, 2, 3], list(range(11))]
+    expected = generate(target, prompts, max_new_tokens=20, ignore_eos=True)
+    results = generate(target, prompts, method="speculative", draft_model=draft, max_new_tokens=20, ignore_eos=True)
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    assert results[0].statistics.drafted > 0 and results[1].statistics.drafted == 0
+
+
+def test_a_broken_draft_model_harms_nobody():
+    target, draft = models("table")
+    expected = generate(target, PROMPTS, max_new_tokens=10, **SAMPLED)
+    broken = toys.Broken(draft, marked=4, first=3)
+    results = generate(target, PROMPTS, method=SmallModel(broken), max_new_tokens=10, **SAMPLED)
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    results = generate(target, PROMPTS, method=SmallModel(broken), max_new_tokens=10, rule="ratio", **SAMPLED)
+    assert all(result.finish_reason != "error" for result in results)
+
+
+def test_own_drafter_needs_one_method():
+    class Repeat(Drafter):
+        """The last token again, once."""
+
+        def propose(self, context, budget, stop):
+            from drafters import ragged
+
+            return ragged(
+                [row[n - 1 : n].tolist()[:most] for row, n, most in zip(context.array, context.host_lengths, budget)]
+            )
+
+    target, _ = models("table")
+    expected = generate(target, PROMPTS, max_new_tokens=9)
+    results = generate(target, PROMPTS, method=Repeat(), policy=ConfidenceStop(3, 0.5), max_new_tokens=9)
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+
+
+def test_float32_and_bfloat16_models_run_every_rule():
+    for dtype in (torch.float32, torch.bfloat16):
+        target = toys.native(dtype=dtype)
+        for rule in ("coupled", "ratio"):
+            result = generate(
+                target, [1, 2], method="speculative", draft_model=models("native")[1], rule=rule, temperature=1.0
+            )
+            assert result.finish_reason == "length"
