@@ -1,4 +1,4 @@
-"""The kernels as typed functions. Each is also `torch.ops.fastdecode.<name>.default`, with every argument positional."""
+"""The kernels as typed functions; `torch.ops.fastdecode.<name>` is the same with every argument positional."""
 
 from .sample import RowStats, Sampled, TargetProbs, TokenLogprobs, row_stats, sample, target_probs, token_logprobs
 from .verify import Committed, Verified, commit, verify_chain, verify_chain_greedy

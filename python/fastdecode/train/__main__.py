@@ -8,13 +8,19 @@ from pathlib import Path
 
 import torch
 
-from . import recipes
+from . import corpus, evaluate, prompts, recipes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastdecode.train", description=__doc__)
-    parser.add_argument("what", choices=["tiny-code", "tiny-code-draft", "lists"], nargs="*", default=["tiny-code", "tiny-code-draft"])
-    parser.add_argument("--out", type=Path, default=Path("build/train"), help="folder of states, logs, plots and finished models")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        choices=["tiny-code", "tiny-code-draft", "evaluate", "lists"],
+        default=["tiny-code", "tiny-code-draft", "evaluate"],
+        help="train one of the models, score tiny-code, or write the lists of files and prompts anew",
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/train"), help="states, logs, plots, finished models")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for this long instead of the recipe's number of tokens")
     length.add_argument("--tokens", type=int, help="train on this many tokens instead of the recipe's")
@@ -23,14 +29,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for what in args.what:
         if what == "lists":
-            recipes.corpus.write_lists(recipes.corpus.stdlib_folder())
-            continue
-        recipe = recipes.RECIPES[what]
-        if args.tokens:
-            recipe = replace(recipe, tokens=args.tokens)
-        if args.minutes:
-            recipe = replace(recipe, minutes=args.minutes)
-        recipes.TRAINERS[what](recipe, args.out)
+            corpus.write_lists(corpus.stdlib_folder())
+            prompts.write()
+        elif what == "evaluate":
+            evaluate.main(args.out / "tiny-code")
+        else:
+            changes = {"tokens": args.tokens, "minutes": args.minutes}
+            recipe = replace(recipes.RECIPES[what], **{k: v for k, v in changes.items() if v is not None})
+            recipes.TRAINERS[what](recipe, args.out)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def load(model: Llama, folder: Path) -> Llama:
 
 @torch.no_grad()
 def bits_per_byte(model: Llama, tokenizer: Tokenizer, split: str = "heldout", stride: int = 512) -> float:
-    """Mean bits per UTF-8 byte over the files of `split`; every token sees at least `stride` tokens of its file, if there are."""
+    """Mean bits per UTF-8 byte over the files of `split`, with at least `stride` tokens of context where there are."""
     size = model.shape.max_position_embeddings
     nats, num_bytes = 0.0, 0
     for text in corpus.load(split).values():

@@ -76,9 +76,13 @@ def load(split: str, folder: Path | None = None) -> dict[str, str]:
         digest, name = line.split("  ", 1)
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"fastdecode.train: {path} is missing; use CPython {PYTHON_VERSION} with its test folder")
+            raise FileNotFoundError(
+                f"fastdecode.train: {path} is missing; use CPython {PYTHON_VERSION} with its test folder"
+            )
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"fastdecode.train: {path}: expected the file of CPython {PYTHON_VERSION}, got another hash")
+            raise ValueError(
+                f"fastdecode.train: {path}: expected the file of CPython {PYTHON_VERSION}, got another hash"
+            )
         texts[name] = data.decode("utf-8")
     return texts

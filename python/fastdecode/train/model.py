@@ -46,8 +46,12 @@ class Shape:
         }
 
 
-TINY_CODE = Shape(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
-TINY_CODE_DRAFT = Shape(hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=1)
+TINY_CODE = Shape(
+    hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2
+)
+TINY_CODE_DRAFT = Shape(
+    hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=1
+)
 
 
 class RMSNorm(nn.Module):
@@ -128,7 +132,9 @@ class Llama(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # Residual outputs start smaller, so that depth does not grow the stream (GPT-2, section 2.3).
-                scale = (2 * s.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                scale = (
+                    (2 * s.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                )
                 nn.init.normal_(p, std=0.02 * scale)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -75,9 +75,7 @@ def own_outputs(target: Path, stream: np.ndarray, num_texts: int, seed: int, bat
         prompts = [stream[s : s + 64].astype(np.int64) for s in starts[first : first + batch]]
         temperatures = [0.0 if i % 4 == 3 else 1.0 for i in range(len(prompts))]
         seeds = list(range(first, first + len(prompts)))
-        results = generate(
-            model, prompts, max_new_tokens=192, temperature=temperatures, seeds=seeds, ignore_eos=True
-        )
+        results = generate(model, prompts, max_new_tokens=192, temperature=temperatures, seeds=seeds, ignore_eos=True)
         texts += [np.concatenate([p, r.tokens]).astype(np.int32) for p, r in zip(prompts, results, strict=True)]
     return np.concatenate(texts)
 

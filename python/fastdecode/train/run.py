@@ -103,7 +103,11 @@ def train(
     def fraction() -> float:
         return s["tokens"] / recipe.tokens if recipe.minutes is None else s["seconds"] / (60 * recipe.minutes)
 
-    columns = ("[progress.description]{task.description}", "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s")
+    columns = (
+        "[progress.description]{task.description}",
+        "loss {task.fields[loss]:.3f}",
+        "{task.fields[speed]:.0f} tokens/s",
+    )
     with Progress(*map(TextColumn, columns), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(folder.name, total=1.0, completed=fraction(), loss=float("nan"), speed=0.0)
         while (done := fraction()) < 1.0:
