@@ -11,12 +11,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, overload, runtime_checkable
+from typing import Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 __all__ = ["HiddenStates", "KVCache", "Model", "ModelConfig", "Output", "Want"]
+
+CacheT = TypeVar("CacheT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,13 @@ def int_list(where: str, name: str, values: Tensor | Iterable[int], length: int 
     if length is not None and len(result) != length:
         raise ValueError(f"{where}: {name}: expected [{length}], got [{len(result)}]")
     return result
+
+
+def check_cache(where: str, cache: KVCache, kind: type[CacheT]) -> CacheT:
+    """The cache, if it is of the kind that the model's `new_cache` makes."""
+    if not isinstance(cache, kind):
+        raise ValueError(f"{where}: cache: expected a {kind.__name__}, from new_cache, got {type(cache).__name__}")
+    return cache
 
 
 def check_want(where: str, want: Want) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import HiddenStates, Output, Want, check_tokens, check_want
+from .base import HiddenStates, KVCache, Output, Want, check_cache, check_tokens, check_want
 from .cache import ContiguousKVCache
 from .checkpoint import NativeConfig, read_configs, read_tensors
 from .linear import Linear
@@ -133,7 +133,7 @@ class NativeModel:
         self,
         tokens: Tensor,
         *,
-        cache: ContiguousKVCache,
+        cache: KVCache,
         positions: Tensor | None = None,
         num_tokens: Tensor | Sequence[int] | None = None,
         want: Want = Want.LOGITS,
@@ -145,6 +145,7 @@ class NativeModel:
             Nothing is recorded for autograd; hidden states are inference tensors (clone one to change it in place).
         """
         check_want("NativeModel.forward", want)
+        cache = check_cache("NativeModel.forward", cache, ContiguousKVCache)
         tokens, counts = check_tokens("NativeModel.forward", tokens, cache.batch, self.config.vocab_size, num_tokens)
         batch, n = tokens.shape
         shape = (batch, n, self.config.hidden_size)

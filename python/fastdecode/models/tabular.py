@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import ModelConfig, Output, Want, check_tokens, check_want
+from .base import KVCache, ModelConfig, Output, Want, check_cache, check_tokens, check_want
 from .cache import TokenCache
 
 __all__ = ["TabularLM"]
@@ -100,7 +100,7 @@ class TabularLM:
         self,
         tokens: Tensor,
         *,
-        cache: TokenCache,
+        cache: KVCache,
         positions: Tensor | None = None,
         num_tokens: Tensor | Sequence[int] | None = None,
         want: Want = Want.LOGITS,
@@ -113,6 +113,7 @@ class TabularLM:
         check_want("TabularLM.forward", want)
         if want & Want.HIDDEN:
             raise ValueError("TabularLM.forward: want: expected LOGITS or LAST_LOGITS, got HIDDEN (there are none)")
+        cache = check_cache("TabularLM.forward", cache, TokenCache)
         tokens, counts = check_tokens("TabularLM.forward", tokens, cache.batch, self.config.vocab_size, num_tokens)
         batch, n = tokens.shape
         cache.stage(n, counts)

@@ -11,10 +11,11 @@ from tokenizers import Tokenizer
 
 from .. import generate
 from ..models import load_model
+from ..types import Results
 from . import checkpoint, prompts
 from .model import TINY_CODE, Llama
 
-SAMPLING = {"sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 0}, "greedy": {"temperature": 0.0}}
+SAMPLING = {"sampled": (0.8, 0.95), "greedy": (0.0, None)}  # temperature, top_p
 
 
 def parses(source: str) -> bool:
@@ -46,8 +47,11 @@ def evaluate(folder: Path, max_new_tokens: int = 200) -> dict[str, Any]:
         "bits_per_byte": checkpoint.bits_per_byte(checkpoint.load(Llama(TINY_CODE), folder), tokenizer)
     }
     ids = [tokenizer.encode(p.prompt).ids for p in given]
-    for name, options in SAMPLING.items():
-        results = generate(model, ids, max_new_tokens=max_new_tokens, ignore_eos=True, **options)
+    for name, (temperature, top_p) in SAMPLING.items():
+        results = generate(
+            model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=0, ignore_eos=True
+        )
+        assert isinstance(results, Results)
         texts = [tokenizer.decode(r.tokens) for r in results]
         parsed = [parses(prompts.function_text(p, text)) for p, text in zip(given, texts, strict=True)]
         distinct = [distinct_ngrams(r.tokens) for r in results]

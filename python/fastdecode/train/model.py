@@ -115,16 +115,26 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Body(nn.Module):
+    """Everything but the head; its parameters are named `model.*`."""
+
+    def __init__(self, s: Shape):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(s.vocab_size, s.hidden_size)
+        self.layers = nn.ModuleList(Block(s) for _ in range(s.num_hidden_layers))
+        self.norm = RMSNorm(s.hidden_size, s.rms_norm_eps)
+
+
 class Llama(nn.Module):
     """tokens int64 [B, n] -> logits [B, n, V]; the head is the transposed embedding."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, s: Shape):
         super().__init__()
         self.shape = s
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(s.vocab_size, s.hidden_size)
-        self.model.layers = nn.ModuleList(Block(s) for _ in range(s.num_hidden_layers))
-        self.model.norm = RMSNorm(s.hidden_size, s.rms_norm_eps)
+        self.model = Body(s)
         frequencies = s.rope_theta ** (-torch.arange(0, s.head_dim, 2, dtype=torch.float64) / s.head_dim)
         angles = torch.arange(s.max_position_embeddings, dtype=torch.float64)[:, None] * frequencies
         self.register_buffer("cos", angles.cos().float(), persistent=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 from . import checkpoint, corpus, tokenizer
 from .model import TINY_CODE, TINY_CODE_DRAFT, Llama
 from .run import Recipe, train
+
+Scorer = Callable[[Tensor], Tensor]  # tokens int64 [rows, n] -> logits [rows, n, V]
 
 RECIPES = {
     "tiny-code": Recipe(tokens=9_000_000),
@@ -28,13 +31,15 @@ def corpus_stream(out: Path) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
     if not (file.exists() and cache.exists()):
         tok = tokenizer.train(corpus.load("train").values(), TINY_CODE.vocab_size)
         tok.save(str(file))
-        streams = {split: tokenizer.encode_stream(tok, corpus.load(split).values()) for split in ("train", "heldout")}
-        np.savez(cache, **streams)
+        train_tokens, heldout_tokens = (
+            tokenizer.encode_stream(tok, corpus.load(split).values()) for split in ("train", "heldout")
+        )
+        np.savez(cache, train=train_tokens, heldout=heldout_tokens)
     arrays = np.load(cache)
     return Tokenizer.from_file(str(file)), arrays["train"], arrays["heldout"]
 
 
-def next_token_loss(model: torch.nn.Module, windows: Tensor) -> Tensor:
+def next_token_loss(model: Scorer, windows: Tensor) -> Tensor:
     """Mean cross-entropy in nats per token; windows int64 [rows, size + 1]."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(windows[:, :-1])
@@ -67,6 +72,7 @@ def own_outputs(target: Path, stream: np.ndarray, num_texts: int, seed: int, bat
     """
     from .. import generate  # the trainer of a model for the library is its first user
     from ..models import load_model
+    from ..types import Results
 
     model = load_model(target)
     starts = np.random.default_rng(seed).integers(0, len(stream) - 64, num_texts)
@@ -76,11 +82,12 @@ def own_outputs(target: Path, stream: np.ndarray, num_texts: int, seed: int, bat
         temperatures = [0.0 if i % 4 == 3 else 1.0 for i in range(len(prompts))]
         seeds = list(range(first, first + len(prompts)))
         results = generate(model, prompts, max_new_tokens=192, temperature=temperatures, seeds=seeds, ignore_eos=True)
+        assert isinstance(results, Results)
         texts += [np.concatenate([p, r.tokens]).astype(np.int32) for p, r in zip(prompts, results, strict=True)]
     return np.concatenate(texts)
 
 
-def distillation_loss(draft: torch.nn.Module, target: torch.nn.Module, windows: Tensor) -> Tensor:
+def distillation_loss(draft: Scorer, target: Scorer, windows: Tensor) -> Tensor:
     """KL(target || draft) in nats per token (Zhou et al. 2024, DistillSpec); windows int64 [rows, size + 1]."""
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():

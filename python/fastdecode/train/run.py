@@ -109,7 +109,8 @@ def train(
         "{task.fields[speed]:.0f} tokens/s",
     )
     with Progress(*map(TextColumn, columns), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task(folder.name, total=1.0, completed=fraction(), loss=float("nan"), speed=0.0)
+        task = bar.add_task(folder.name, total=1.0, loss=float("nan"), speed=0.0)
+        bar.update(task, completed=fraction())
         while (done := fraction()) < 1.0:
             start = time.monotonic()
             decaying = done > 1.0 - recipe.decay
