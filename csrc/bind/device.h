@@ -32,7 +32,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // One row-parameter block: the filters of core/filter.h as they cross the boundary.
-#define FD_FILTER_SCHEMA                                                                          \
+#define FD_FILTER_SCHEMA                                                                              \
   "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? bias, Tensor? ban_ids, " \
   "Tensor? min_lengths"
 

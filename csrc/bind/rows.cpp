@@ -23,7 +23,8 @@ FilterArgs check_filters(const char* op, const FilterTensors& f, const OptionalT
     check_tensor(op, "min_lengths", *f.min_lengths, {batch, args.num_bans}, ScalarType::Long, like);
     args.min_length_stride = stride_of(*f.min_lengths, 0);
   }
-  FD_CHECK_ARG(!offset || has_seed || f.min_lengths, op, ": offset: expected seed or min_lengths beside it, got neither");
+  FD_CHECK_ARG(!offset || has_seed || f.min_lengths, op,
+               ": offset: expected seed or min_lengths beside it, got neither");
   if (f.bias) args.bias_stride = stride_of(*f.bias, 0);
   args.temperature = data_of<float>(f.temperature);
   args.top_k = data_of<int32_t>(f.top_k);

@@ -103,11 +103,13 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const OptionalTensor& te
   return {tokens, status};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(
-    const Tensor& logits, const Tensor& tokens, int64_t top, const OptionalTensor& temperature,
-    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p, const OptionalTensor& bias,
-    const OptionalTensor& ban_ids, const OptionalTensor& min_lengths, const OptionalTensor& offset,
-    const OptionalTensor& active) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& tokens, int64_t top,
+                                                          const OptionalTensor& temperature,
+                                                          const OptionalTensor& top_k, const OptionalTensor& top_p,
+                                                          const OptionalTensor& min_p, const OptionalTensor& bias,
+                                                          const OptionalTensor& ban_ids,
+                                                          const OptionalTensor& min_lengths,
+                                                          const OptionalTensor& offset, const OptionalTensor& active) {
   constexpr auto op = "token_logprobs";
   const Rows r(op, "logits", logits, 2, 3);
   if (r.three) {

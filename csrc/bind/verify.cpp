@@ -151,13 +151,17 @@ std::tuple<Tensor, Tensor> commit(const Tensor& tokens, const Tensor& num_emitte
 }  // namespace fastdecode::bind
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
-  m.def("verify_chain_greedy(Tensor draft_tokens, Tensor target_ids, Tensor? draft_lens, Tensor? active) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("verify_chain(Tensor draft_tokens, Tensor? draft_probs, Tensor? draft_lens, Tensor? target_logits, "
-        "Tensor? target_probs, int rule, " FD_FILTER_SCHEMA ", Tensor? uniforms, Tensor? seed, Tensor? offset, "
-        "Tensor? active, bool emit_bonus) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("commit(Tensor tokens, Tensor num_emitted, Tensor(a!) lengths, Tensor(b!) finished, Tensor? max_lengths, "
-        "Tensor? stop_ids) -> (Tensor, Tensor)");
+  m.def(
+      "verify_chain_greedy(Tensor draft_tokens, Tensor target_ids, Tensor? draft_lens, Tensor? active) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "verify_chain(Tensor draft_tokens, Tensor? draft_probs, Tensor? draft_lens, Tensor? target_logits, "
+      "Tensor? target_probs, int rule, " FD_FILTER_SCHEMA
+      ", Tensor? uniforms, Tensor? seed, Tensor? offset, "
+      "Tensor? active, bool emit_bonus) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "commit(Tensor tokens, Tensor num_emitted, Tensor(a!) lengths, Tensor(b!) finished, Tensor? max_lengths, "
+      "Tensor? stop_ids) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {

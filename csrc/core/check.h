@@ -17,7 +17,7 @@ template <class... Parts>
 }  // namespace fastdecode
 
 // FD_CHECK_ARG(lens.size(0) == B, op, ": draft_lens: expected [", B, "], got [", lens.size(0), "]");
-#define FD_CHECK_ARG(condition, ...)               \
-  do {                                             \
+#define FD_CHECK_ARG(condition, ...)                       \
+  do {                                                     \
     if (!(condition)) ::fastdecode::fail_arg(__VA_ARGS__); \
   } while (false)

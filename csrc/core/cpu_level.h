@@ -28,13 +28,17 @@
 // FD_CPU_OP(op, Args) at the end of op_cpu.cpp declares the public cpu::op, which runs the build that ex.cpu_level
 // names; the file itself defines FD_ISA::op.
 #if FD_CPU_LEVEL == 1 && defined(__x86_64__)
-#define FD_CPU_OP(op, Args)                                                       \
-  namespace fastdecode::v3 { void op(const Args&, const Exec&); }                 \
-  namespace fastdecode::v4 { void op(const Args&, const Exec&); }                 \
-  void fastdecode::cpu::op(const Args& args, const Exec& ex) {                    \
-    if (ex.cpu_level >= 4) return v4::op(args, ex);                               \
-    if (ex.cpu_level >= 3) return v3::op(args, ex);                               \
-    v1::op(args, ex);                                                             \
+#define FD_CPU_OP(op, Args)                                    \
+  namespace fastdecode::v3 {                                   \
+  void op(const Args&, const Exec&);                           \
+  }                                                            \
+  namespace fastdecode::v4 {                                   \
+  void op(const Args&, const Exec&);                           \
+  }                                                            \
+  void fastdecode::cpu::op(const Args& args, const Exec& ex) { \
+    if (ex.cpu_level >= 4) return v4::op(args, ex);            \
+    if (ex.cpu_level >= 3) return v3::op(args, ex);            \
+    v1::op(args, ex);                                          \
   }
 #elif FD_CPU_LEVEL == 1
 #define FD_CPU_OP(op, Args) \

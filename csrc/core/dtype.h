@@ -51,14 +51,10 @@ FD_HD inline float load(Half x) {
 template <class Visitor>
 void dispatch_logits(DType dtype, Visitor&& visit) {
   switch (dtype) {
-    case DType::kFloat64:
-      return visit(Tag<double>{});
-    case DType::kFloat32:
-      return visit(Tag<float>{});
-    case DType::kFloat16:
-      return visit(Tag<Half>{});
-    case DType::kBFloat16:
-      return visit(Tag<BFloat16>{});
+    case DType::kFloat64: return visit(Tag<double>{});
+    case DType::kFloat32: return visit(Tag<float>{});
+    case DType::kFloat16: return visit(Tag<Half>{});
+    case DType::kBFloat16: return visit(Tag<BFloat16>{});
   }
   throw std::invalid_argument("dispatch_logits: unlisted dtype " + std::to_string(static_cast<int>(dtype)));
 }

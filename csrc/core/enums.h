@@ -7,12 +7,12 @@ namespace fastdecode {
 
 // Bits of every op's `status` output; 0 = fine. kErrors end the request.
 enum Status : int32_t {
-  kStatusNaN = 1,               // the row holds NaN or +inf
-  kStatusNoMass = 2,            // nothing to choose from: every id is forbidden or has probability 0
-  kStatusUnmappedDraft = 4,     // a draft id lies outside the target's vocabulary
-  kStatusZeroDraftProb = 8,     // the draft law gives the drafted token probability 0
-  kStatusResidualFallback = 16, // the residual vanished by rounding; drew from the target row
-  kStatusBadLength = 32,        // a length outside its range
+  kStatusNaN = 1,                // the row holds NaN or +inf
+  kStatusNoMass = 2,             // nothing to choose from: every id is forbidden or has probability 0
+  kStatusUnmappedDraft = 4,      // a draft id lies outside the target's vocabulary
+  kStatusZeroDraftProb = 8,      // the draft law gives the drafted token probability 0
+  kStatusResidualFallback = 16,  // the residual vanished by rounding; drew from the target row
+  kStatusBadLength = 32,         // a length outside its range
   kStatusErrors = kStatusNaN | kStatusNoMass | kStatusBadLength,
 };
 

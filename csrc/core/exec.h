@@ -1,4 +1,5 @@
-// Where a kernel runs: the caller's stream (CUDA) or thread pool (CPU). Kernels own no threads, no allocator, no global.
+// Where a kernel runs: the caller's stream (CUDA) or thread pool (CPU). Kernels own no threads, no allocator, no
+// global.
 #pragma once
 
 #include <cstdint>

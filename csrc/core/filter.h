@@ -83,9 +83,9 @@ template <class C>
 struct RowLaw {
   int32_t status = 0;
   int64_t num_kept = 0;
-  double sum = 0;       // of weight, in the order of tiles.h
+  double sum = 0;  // of weight, in the order of tiles.h
   C inverse_sum = 0;
-  C max = 0;            // largest logit after bias and bans
+  C max = 0;  // largest logit after bias and bans
 };
 
 namespace detail {
@@ -124,8 +124,7 @@ Cut<C> radix_select(const C* distance, uint32_t* members, int64_t count, uint64_
     const int shift = std::max(0, high - 11);
     const Key<C> mask = static_cast<Key<C>>((uint64_t{1} << (high - shift)) - 1);
     std::memset(bins, 0, (mask + 1) * sizeof(uint64_t));
-    for (int64_t i = 0; i < count; ++i)
-      bins[key_of(distance[members[i]]) >> shift & mask] += measure(members[i]);
+    for (int64_t i = 0; i < count; ++i) bins[key_of(distance[members[i]]) >> shift & mask] += measure(members[i]);
     Key<C> bin = 0;
     while (before + bins[bin] < target) before += bins[bin++];
     int64_t kept = 0;

@@ -30,7 +30,8 @@ FD_HD inline float exp_minus(float d) {
   p = fma_(p, r, 0x1.5554dcp-3f);
   p = fma_(p, r, 0.5f);
   const float y = 1.0f + fma_(r * r, p, r);
-  const float scaled = bit_cast<float>(bit_cast<int32_t>(y) + static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23));
+  const float scaled =
+      bit_cast<float>(bit_cast<int32_t>(y) + static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23));
   return d <= 87.0f ? scaled : 0.0f;
 }
 
@@ -53,7 +54,8 @@ FD_HD inline double exp_minus(double d) {
   p = fma_(p, r, 0.1666666666666667);
   p = fma_(p, r, 0.5);
   const double y = 1.0 + fma_(r * r, p, r);
-  const double scaled = bit_cast<double>(bit_cast<int64_t>(y) + static_cast<int64_t>(static_cast<uint64_t>(exponent) << 52));
+  const double scaled =
+      bit_cast<double>(bit_cast<int64_t>(y) + static_cast<int64_t>(static_cast<uint64_t>(exponent) << 52));
   return d <= 708.0 ? scaled : 0.0;
 }
 

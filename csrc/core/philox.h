@@ -43,9 +43,7 @@ struct Noise {
         offset_hi(static_cast<uint32_t>(static_cast<uint64_t>(offset) >> 32)) {}
 
   // Words of the indices 4 * group .. 4 * group + 3.
-  FD_HD Words group(uint32_t group) const {
-    return philox(group, stream_node, offset_lo, offset_hi, seed_lo, seed_hi);
-  }
+  FD_HD Words group(uint32_t group) const { return philox(group, stream_node, offset_lo, offset_hi, seed_lo, seed_hi); }
   FD_HD uint32_t word(int64_t index) const { return group(static_cast<uint32_t>(index >> 2)).w[index & 3]; }
 };
 
@@ -56,8 +54,6 @@ FD_HD inline float gumbel(uint32_t word) {
 }
 
 // Acceptance uniform in (0, 1): 23 bits and a half.
-FD_HD inline double acceptance_uniform(uint32_t word) {
-  return (static_cast<double>(word >> 9) + 0.5) * 0x1p-23;
-}
+FD_HD inline double acceptance_uniform(uint32_t word) { return (static_cast<double>(word >> 9) + 0.5) * 0x1p-23; }
 
 }  // namespace fastdecode::FD_ISA

@@ -10,7 +10,9 @@
 namespace fastdecode {
 
 // Buffers an op needs for `rows` rows: one per thread that can be at work.
-inline int64_t num_slots(int64_t rows, const Exec& ex) { return std::max<int64_t>(1, std::min<int64_t>(rows, ex.num_threads)); }
+inline int64_t num_slots(int64_t rows, const Exec& ex) {
+  return std::max<int64_t>(1, std::min<int64_t>(rows, ex.num_threads));
+}
 
 }  // namespace fastdecode
 

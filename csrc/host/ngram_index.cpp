@@ -8,7 +8,8 @@ namespace fastdecode {
 
 size_t NgramIndex::EdgeHash::operator()(const Edge& edge) const noexcept {
   uint64_t z = static_cast<uint64_t>(edge.node) * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(edge.token);
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;  // the finaliser of SplitMix64: tokens and nodes are small consecutive numbers
+  z = (z ^ (z >> 30)) *
+      0xBF58476D1CE4E5B9u;  // the finaliser of SplitMix64: tokens and nodes are small consecutive numbers
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return static_cast<size_t>(z ^ (z >> 31));
 }
@@ -45,7 +46,8 @@ std::vector<int64_t> NgramIndex::propose(int64_t k) const {
     if (next < 0) continue;
     const size_t from = static_cast<size_t>(next), available = text_.size() - from;
     copy.reserve(static_cast<size_t>(k));
-    for (size_t i = 0; i < static_cast<size_t>(k); ++i) copy.push_back(i < available ? text_[from + i] : copy[i - available]);
+    for (size_t i = 0; i < static_cast<size_t>(k); ++i)
+      copy.push_back(i < available ? text_[from + i] : copy[i - available]);
     break;
   }
   return copy;

@@ -10,9 +10,9 @@
 
 namespace fastdecode {
 
-// One text. N-grams are nodes of a trie whose edges lie in one hash table: the node of the n-gram that ends at a token is
-// the child, by that token, of the node of the (n-1)-gram that ended before it. So n-grams are compared exactly, and a token
-// costs max_ngram table operations however long the text is.
+// One text. N-grams are nodes of a trie whose edges lie in one hash table: the node of the n-gram that ends at a token
+// is the child, by that token, of the node of the (n-1)-gram that ended before it. So n-grams are compared exactly, and
+// a token costs max_ngram table operations however long the text is.
 class NgramIndex {
  public:
   // 1 <= min_ngram <= max_ngram <= kMaxNgram, else std::invalid_argument.
@@ -23,8 +23,8 @@ class NgramIndex {
   void extend(std::span<const int64_t> tokens);
 
   // What followed the most recent earlier occurrence of the longest suffix of min_ngram..max_ngram tokens that occurred
-  // before: exactly k tokens, or none if no such suffix did. A copy that reaches the end of the text goes on through the
-  // tokens it has just produced, as in LZ77. k < 0 is std::invalid_argument.
+  // before: exactly k tokens, or none if no such suffix did. A copy that reaches the end of the text goes on through
+  // the tokens it has just produced, as in LZ77. k < 0 is std::invalid_argument.
   std::vector<int64_t> propose(int64_t k) const;
 
   int64_t size() const { return static_cast<int64_t>(text_.size()); }
@@ -41,8 +41,9 @@ class NgramIndex {
   int64_t max_ngram_, min_ngram_;
   std::vector<int64_t> text_;
   std::unordered_map<Edge, int64_t, EdgeHash> children_;
-  std::vector<int64_t> next_;    // per node: index of the token after the n-gram's last occurrence that has one, or -1
-  std::vector<int64_t> suffix_;  // suffix_[n]: node of the text's last n tokens, 0 (the root) for n = 0; as many as there are
+  std::vector<int64_t> next_;  // per node: index of the token after the n-gram's last occurrence that has one, or -1
+  std::vector<int64_t>
+      suffix_;  // suffix_[n]: node of the text's last n tokens, 0 (the root) for n = 0; as many as there are
 };
 
 }  // namespace fastdecode

@@ -14,12 +14,12 @@ struct TokenLogprobsArgs {
   const void* logits;     // [batch, rows, vocab_size] of `dtype`, last dim contiguous
   const int64_t* tokens;  // [batch, rows], last dim contiguous; -1 = padding: logprob 0, row not read unless top > 0
   FilterArgs filters;
-  const bool* active;     // [batch]; nullptr = all. Inactive rows are not read
-  void* logprobs;         // [batch, rows], written; float, double for double logits; -inf where the law gives 0
-  int64_t* top_ids;       // [batch, rows, top], written, most likely first, ties by id; -1 where fewer ids are left
-  void* top_logprobs;     // [batch, rows, top], written; -inf beside -1
-  int32_t* status;        // [batch, rows], written: 1 = NaN or +inf, 2 = no id left, 4 = token outside the vocabulary
-  void* scratch;          // token_logprobs_scratch_bytes
+  const bool* active;  // [batch]; nullptr = all. Inactive rows are not read
+  void* logprobs;      // [batch, rows], written; float, double for double logits; -inf where the law gives 0
+  int64_t* top_ids;    // [batch, rows, top], written, most likely first, ties by id; -1 where fewer ids are left
+  void* top_logprobs;  // [batch, rows, top], written; -inf beside -1
+  int32_t* status;     // [batch, rows], written: 1 = NaN or +inf, 2 = no id left, 4 = token outside the vocabulary
+  void* scratch;       // token_logprobs_scratch_bytes
   int64_t batch, rows, vocab_size, top;
   int64_t batch_stride, row_stride, token_stride;  // elements; token_stride between requests
   DType dtype;

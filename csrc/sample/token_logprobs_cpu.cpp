@@ -10,8 +10,8 @@ template <class C>
 int64_t nearest(const RowScratch<C>& s, int64_t vocab_size, int64_t top) {
   int64_t count = detail::gather_finite(s.distance, vocab_size, s.members);
   if (top < count) {
-    const auto cut = detail::radix_select(s.distance, s.members, count, static_cast<uint64_t>(top),
-                                          detail::CountMeasure<C>{});
+    const auto cut =
+        detail::radix_select(s.distance, s.members, count, static_cast<uint64_t>(top), detail::CountMeasure<C>{});
     count = 0;
     uint64_t ties = 0;
     for (int64_t v = 0; v < vocab_size; ++v) {

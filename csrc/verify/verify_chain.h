@@ -24,17 +24,17 @@ struct VerifyChainArgs {
   const void* target;           // [batch, K + 1, vocab_size] of `dtype`: logits, or probabilities (ratio only)
   bool target_is_probs;         // used as given, not renormalised; filters are then all off
   Rule rule;
-  FilterArgs filters;           // row i of request b predicts position filters.offset[b] + i
-  RandomArgs random;            // uniforms [batch, K + 1]: ratio: i accepts draft i, K the final draw; coupled: row i
-  const bool* active;           // [batch]; nullptr = all
-  bool emit_bonus;              // false: nothing is emitted after full acceptance
-  int64_t* tokens;              // [batch, K + 1], written, contiguous, padded with -1
-  int32_t* num_accepted;        // [batch], written: draft tokens kept
-  int32_t* num_emitted;         // [batch], written; 0 where inactive or in error
-  int32_t* status;              // [batch], written: bits of core/enums.h; an error leaves tokens -1 and counts 0
-  void* scratch;                // verify_chain_scratch_bytes
+  FilterArgs filters;     // row i of request b predicts position filters.offset[b] + i
+  RandomArgs random;      // uniforms [batch, K + 1]: ratio: i accepts draft i, K the final draw; coupled: row i
+  const bool* active;     // [batch]; nullptr = all
+  bool emit_bonus;        // false: nothing is emitted after full acceptance
+  int64_t* tokens;        // [batch, K + 1], written, contiguous, padded with -1
+  int32_t* num_accepted;  // [batch], written: draft tokens kept
+  int32_t* num_emitted;   // [batch], written; 0 where inactive or in error
+  int32_t* status;        // [batch], written: bits of core/enums.h; an error leaves tokens -1 and counts 0
+  void* scratch;          // verify_chain_scratch_bytes
   int64_t batch, K, vocab_size;
-  int64_t draft_stride;                           // elements between requests
+  int64_t draft_stride;                              // elements between requests
   int64_t draft_prob_stride, draft_prob_row_stride;  // elements between requests, between rows
   int64_t target_stride, target_row_stride;
   DType dtype;
