@@ -14,6 +14,7 @@ from .models.base import Output
 __all__ = ["Chunk", "Draft", "Finish", "Result", "Results", "SamplingParams", "Statistics", "StepStats"]
 
 Finish = Literal["stop", "length", "error"]
+PARTS = ("prefill", "draft", "target", "verify", "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +178,6 @@ class Statistics:
         self.drafted_histogram[drafted] += 1
         self.accepted_histogram[accepted] += 1
         self.tokens += committed
-
-
-PARTS = ("prefill", "draft", "target", "verify", "other")
 
 
 @dataclass(frozen=True, slots=True)

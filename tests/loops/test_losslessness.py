@@ -10,9 +10,12 @@ import torch
 import toys
 from drafters import Known, Random
 
+from fastdecode import Rule, Stream, ops
 from fastdecode.drafters import Drafter, PromptLookup, SmallModel
 from fastdecode.generation import generate
+from fastdecode.loops import Batch
 from fastdecode.policies import ConfidenceStop
+from fastdecode.types import SamplingParams
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 5, 6], [0, 0], [9, 1, 9, 1, 9], [12], [3, 2, 1], [7, 7, 7, 7, 7, 7, 7, 7]]
 NEW = [12, 25, 3, 1, 18, 25, 7, 30]
@@ -139,9 +142,33 @@ def test_the_draft_model_itself_as_target_is_always_accepted():
         result = generate(
             target, [1, 2, 3], method="speculative", draft_model=target, draft_length=4, max_new_tokens=40, **options
         )
-        assert result.statistics.target_passes == 8
-        assert result.statistics.tokens_per_pass == 5.0
         assert result.statistics.acceptance_by_position == [1.0] * 4
+        assert result.statistics.target_passes == -(-len(result.tokens) // 5)
+
+
+@pytest.mark.parametrize("rule", [Rule.COUPLED, Rule.RATIO])
+def test_draft_noise_is_keyed_as_the_contract_says(rule):
+    params = [SamplingParams(temperature=0.9, top_k=5, seed=seed) for seed in (3, 4)]
+    context = Batch(models("table")[0].config, [[1, 2, 3], [4]], params, rule=rule).context
+    logits = torch.randn(2, toys.VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    filters = {"temperature": 0.9, "top_k": 5}
+    seed, position = torch.tensor([3, 4]), torch.tensor([3, 1])
+    for step in (0, 1, 5):
+        tokens, probs = context.draw(logits, step)
+        if rule == Rule.COUPLED:  # the target's own noise
+            expected = ops.sample(logits, **filters, seed=seed, offset=position + step)
+            assert probs is None
+        else:
+            expected = ops.sample(logits, **filters, seed=seed, offset=position, stream=Stream.DRAFT, node=step)
+            assert torch.equal(probs, ops.target_probs(logits, **filters).probs)
+        assert torch.equal(tokens, expected.tokens)
+
+
+def test_bans_by_position_end_inside_a_draft():
+    params = [SamplingParams(temperature=1.0, min_new_tokens=2, stop_ids=(5,))]
+    context = Batch(toys.table().config, [[1, 2, 3]], params, rule=Rule.RATIO).context
+    probs = [context.draw(torch.zeros(1, toys.VOCAB), step)[1] for step in range(4)]
+    assert [row[0, 5].item() > 0 for row in probs] == [False, False, True, True]
 
 
 def test_a_request_that_outgrows_the_draft_models_context_goes_on_without_drafts():

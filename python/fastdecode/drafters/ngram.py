@@ -42,6 +42,6 @@ class PromptLookup(Drafter):
             tokens = torch.from_numpy(found[0]).unsqueeze(0)
         else:
             tokens = torch.full((len(found), max(lens)), -1, dtype=torch.int64)
-            for row, copy in enumerate(found):
-                tokens[row, : len(copy)] = torch.from_numpy(copy)
+            for filled, copy in zip(tokens, found, strict=True):
+                filled[: len(copy)] = torch.from_numpy(copy)
         return Draft(tokens, torch.tensor(lens, dtype=torch.int32))
