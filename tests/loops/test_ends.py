@@ -9,6 +9,7 @@ from drafters import Known
 
 from fastdecode.drafters import PromptLookup, SmallModel
 from fastdecode.generation import generate, stream
+from fastdecode.models import TabularLM, Tokenizer
 
 CHAIN = toys.Chain()  # 0, 1, 2, ... 12, 0, 1, ...
 
@@ -133,11 +134,18 @@ def test_streamed_pieces_are_the_result(stop, method):
         assert (last.tokens, last.text, last.finish_reason) == (result.tokens, result.text, result.finish_reason)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "rule": "ratio"}], ids=str)
-@pytest.mark.parametrize("method", ["plain", "speculative"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("plain", {}),
+        ("plain", {"temperature": 1.0}),
+        ("speculative", {}),
+        ("speculative", {"temperature": 1.0}),
+        ("speculative", {"temperature": 1.0, "rule": "ratio"}),
+    ],
+    ids=str,
+)
 def test_a_request_in_error_leaves_the_others_alone(method, options):
-    if method == "plain" and "rule" in options:
-        pytest.skip("plain decoding has no rule")
     target = toys.table()
     broken = toys.Broken(target, marked=9, first=5)
     prompts = [[1, 2], [9, 3], [4, 5, 6]]
@@ -175,3 +183,26 @@ def test_cache_and_text_agree_after_every_round():
     text = [1, 2, 3, *result.tokens]
     for cached, root in seen[1:]:  # the first is the prefill
         assert [*cached, root] == text[: len(cached) + 1]
+
+
+def test_streamed_text_never_holds_half_a_character():
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = Tokenizer(backend)
+    text = "aé€😀 z"
+    ids = tokenizer.encode(text)  # one per byte, all different: a table of order 1 can recite them
+    law = torch.full((len(alphabet), len(alphabet)), 1e-6, dtype=torch.float64)
+    law[ids[:-1], ids[1:]] = 1
+    model = TabularLM(law / law.sum(-1, keepdim=True))
+    for length in (1, 3, 8):
+        options = {"method": Known([ids], len(alphabet)), "draft_length": length, "tokenizer": tokenizer}
+        chunks = list(stream(model, ids[:1], max_new_tokens=len(ids) - 1, **options))
+        assert "".join(chunk.text for chunk in chunks) == text[1:]
+        assert all("\ufffd" not in chunk.text for chunk in chunks)
+        stopped = generate(model, ids[:1], stop="€😀", **options)
+        assert (stopped.text, stopped.tokens) == ("é", ids[1:10])
+        cut = generate(model, ids[:1], max_new_tokens=4, **options)
+        assert cut.text == "é\ufffd"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,15 @@ def test_statistics_add_up():
         assert 0 < statistics.total_seconds <= total.total_seconds
         assert statistics.tokens_per_second > 0 and statistics.decode_tokens_per_second > 0
         assert len(statistics.acceptance_by_position) == len(statistics.drafted_histogram) - 1
+
+
+def test_the_clock_does_not_count_the_consumer():
+    for options in ({}, {"method": "prompt-lookup"}):
+        chunks = []
+        for chunk in stream(TARGET, [1, 2], max_new_tokens=3, ignore_eos=True, **options):
+            time.sleep(0.1)
+            chunks.append(chunk)
+        assert chunks[-1].result.statistics.total_seconds < 0.1 * len(chunks)
 
 
 def test_methods():

@@ -22,6 +22,7 @@ def autoregressive(model: Model, batch: Batch) -> Iterator[list[Chunk]]:
     yield batch.start()
     if not batch.running:
         return
+    batch.resume()
     cache = batch.prefill(model)
     batch.lap("prefill")
     while batch.running:
@@ -39,6 +40,7 @@ def autoregressive(model: Model, batch: Batch) -> Iterator[list[Chunk]]:
             cache.select(rows)
         batch.lap("other")
         yield chunks
+        batch.resume()
 
 
 def choose(context: Context, logits: Tensor) -> tuple[Tensor, Tensor]:

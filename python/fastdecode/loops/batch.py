@@ -57,7 +57,7 @@ class Batch:
 
     Args:
         config: the target's.
-        requests: prompts and sampling parameters.
+        prompts, params: ids and sampling parameters of every request.
         rule: acceptance rule under sampling.
         tokenizer: for stop strings and text; may be None if neither is needed.
         with_text: chunks carry text while the requests run.
@@ -138,6 +138,10 @@ class Batch:
             0 if request.finish else max(0, min(length, request.max_length - have - 1))
             for request, have in zip(self.requests, self.context.host_lengths)
         ]
+
+    def resume(self) -> None:
+        """Start the clock, after a yield: what the consumer did with the chunks is not decoding."""
+        self._lap = perf_counter()
 
     def lap(self, part: str) -> None:
         """Book the time since the last lap to a part of Statistics.seconds."""

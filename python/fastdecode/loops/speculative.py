@@ -26,6 +26,7 @@ def speculative(model: Model, batch: Batch, drafter: Drafter, policy: Policy) ->
     yield batch.start()
     if not batch.running:
         return
+    batch.resume()
     context = batch.context
     cache = batch.prefill(model)
     drafter.begin(context)
@@ -59,6 +60,7 @@ def speculative(model: Model, batch: Batch, drafter: Drafter, policy: Policy) ->
             drafter.select(rows)
         batch.lap("other")
         yield chunks
+        batch.resume()
 
 
 def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verified:
