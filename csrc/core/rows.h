@@ -9,9 +9,14 @@
 
 namespace fastdecode {
 
-// Buffers an op needs for `rows` rows: one per thread that can be at work.
-inline int64_t num_slots(int64_t rows, const Exec& ex) {
-  return std::max<int64_t>(1, std::min<int64_t>(rows, ex.num_threads));
+// Fewer elements than this are not worth waking a thread for: it costs some microseconds, and milliseconds where
+// threads that spin share a core.
+inline constexpr int64_t kElementsPerThread = 16384;
+
+// Threads that can be at work on `rows` rows of `elements` each, and so the buffers they need.
+inline int64_t num_slots(int64_t rows, int64_t elements, const Exec& ex) {
+  const int64_t worth = rows * elements / kElementsPerThread;
+  return std::max<int64_t>(1, std::min({rows, worth, int64_t{ex.num_threads}}));
 }
 
 }  // namespace fastdecode
@@ -20,8 +25,8 @@ namespace fastdecode::FD_ISA {
 
 // body(row, buffer) for every row; `buffer` is the slot's `bytes` of `scratch`. Results must not depend on the slot.
 template <class Body>
-void for_each_row(const Exec& ex, int64_t rows, void* scratch, int64_t bytes, const Body& body) {
-  const int64_t slots = num_slots(rows, ex);
+void for_each_row(const Exec& ex, int64_t rows, int64_t elements, void* scratch, int64_t bytes, const Body& body) {
+  const int64_t slots = num_slots(rows, elements, ex);
   auto run_slot = [&](int64_t slot) {
     void* buffer = static_cast<char*>(scratch) + slot * bytes;
     for (int64_t row = slot; row < rows; row += slots) body(row, buffer);

@@ -97,7 +97,7 @@ template <class T, class C = Compute<T>>
 void run(const RowStatsArgs& a, const Exec& ex) {
   const int64_t tiles = (a.vocab_size + kTile - 1) / kTile;
   const int64_t bytes = tiles * static_cast<int64_t>(sizeof(TileStats));
-  for_each_row(ex, a.batch * a.rows, a.scratch, bytes, [&](int64_t r, void* buffer) {
+  for_each_row(ex, a.batch * a.rows, a.vocab_size, a.scratch, bytes, [&](int64_t r, void* buffer) {
     a.argmax[r] = -1;
     a.status[r] = 0;
     for (void* out : {a.max, a.second, a.logsumexp, a.entropy}) static_cast<C*>(out)[r] = 0;
@@ -119,7 +119,7 @@ void row_stats(const RowStatsArgs& a, const Exec& ex) {
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::row_stats_scratch_bytes(const RowStatsArgs& a, const Exec& ex) {
   using fastdecode::FD_ISA::kTile;
-  return num_slots(a.batch * a.rows, ex) * ((a.vocab_size + kTile - 1) / kTile) * 24;
+  return num_slots(a.batch * a.rows, a.vocab_size, ex) * ((a.vocab_size + kTile - 1) / kTile) * 24;
 }
 #endif
 FD_CPU_OP(row_stats, RowStatsArgs)

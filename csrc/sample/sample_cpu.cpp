@@ -10,7 +10,7 @@ template <class T, class C = Compute<T>>
 void run(const SampleArgs& a, const Exec& ex) {
   const int64_t V = a.vocab_size;
   const RandomArgs& random = a.random;
-  for_each_row(ex, a.batch, a.scratch, row_scratch_bytes(V, sizeof(C) == 8), [&](int64_t b, void* buffer) {
+  for_each_row(ex, a.batch, V, a.scratch, row_scratch_bytes(V, sizeof(C) == 8), [&](int64_t b, void* buffer) {
     a.tokens[b] = -1;
     a.status[b] = 0;
     if (a.active && !a.active[b]) return;
@@ -36,7 +36,7 @@ void sample(const SampleArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::sample_scratch_bytes(const SampleArgs& a, const Exec& ex) {
-  return num_slots(a.batch, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
+  return num_slots(a.batch, a.vocab_size, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif
 FD_CPU_OP(sample, SampleArgs)

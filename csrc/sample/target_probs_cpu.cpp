@@ -9,7 +9,7 @@ template <class T, class C = Compute<T>>
 void run(const TargetProbsArgs& a, const Exec& ex) {
   const int64_t V = a.vocab_size;
   const int64_t bytes = row_scratch_bytes(V, sizeof(C) == 8);
-  for_each_row(ex, a.batch * a.rows, a.scratch, bytes, [&](int64_t r, void* buffer) {
+  for_each_row(ex, a.batch * a.rows, V, a.scratch, bytes, [&](int64_t r, void* buffer) {
     const int64_t b = r / a.rows, row = r % a.rows;
     C* probs = static_cast<C*>(a.probs) + r * V;
     std::fill(probs, probs + V, C(0));
@@ -34,7 +34,8 @@ void target_probs(const TargetProbsArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::target_probs_scratch_bytes(const TargetProbsArgs& a, const Exec& ex) {
-  return num_slots(a.batch * a.rows, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
+  return num_slots(a.batch * a.rows, a.vocab_size, ex) *
+         FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif
 FD_CPU_OP(target_probs, TargetProbsArgs)

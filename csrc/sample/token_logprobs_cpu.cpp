@@ -30,7 +30,7 @@ template <class T, class C = Compute<T>>
 void run(const TokenLogprobsArgs& a, const Exec& ex) {
   const int64_t V = a.vocab_size;
   const int64_t bytes = row_scratch_bytes(V, sizeof(C) == 8);
-  for_each_row(ex, a.batch * a.rows, a.scratch, bytes, [&](int64_t r, void* buffer) {
+  for_each_row(ex, a.batch * a.rows, V, a.scratch, bytes, [&](int64_t r, void* buffer) {
     const int64_t b = r / a.rows, row = r % a.rows;
     C* logprob = static_cast<C*>(a.logprobs) + r;
     int64_t* ids = a.top_ids + r * a.top;
@@ -73,7 +73,8 @@ void token_logprobs(const TokenLogprobsArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::token_logprobs_scratch_bytes(const TokenLogprobsArgs& a, const Exec& ex) {
-  return num_slots(a.batch * a.rows, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
+  return num_slots(a.batch * a.rows, a.vocab_size, ex) *
+         FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif
 FD_CPU_OP(token_logprobs, TokenLogprobsArgs)

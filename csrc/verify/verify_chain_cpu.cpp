@@ -175,7 +175,7 @@ void verify_chain(const VerifyChainArgs& a, const Exec& ex) {
   dispatch_logits(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int64_t bytes = row_scratch_bytes(a.vocab_size, sizeof(Compute<T>) == 8);
-    for_each_row(ex, a.batch, a.scratch, bytes, [&](int64_t b, void* buffer) {
+    for_each_row(ex, a.batch, (a.K + 1) * a.vocab_size, a.scratch, bytes, [&](int64_t b, void* buffer) {
       if (a.draft_dtype == a.dtype) {
         Request<T, T>(a, b, buffer).run();
       } else {
@@ -189,7 +189,8 @@ void verify_chain(const VerifyChainArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec& ex) {
-  return num_slots(a.batch, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
+  return num_slots(a.batch, (a.K + 1) * a.vocab_size, ex) *
+         FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif
 FD_CPU_OP(verify_chain, VerifyChainArgs)

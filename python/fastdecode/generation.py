@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,8 +215,7 @@ def _model(name: str, model: ModelLike | None, shipped: Path, dtype: torch.dtype
         raise _fail(name, f"a Model or a folder; the shipped model is not installed at {shipped}", None)
     if model is None or isinstance(model, (str, os.PathLike)):
         folder = shipped if model is None else Path(model)
-        # cast: its forward takes only the caches it makes itself, which is all a loop ever gives it
-        return cast(Model, load_model(folder) if dtype is None else load_model(folder, dtype=dtype)), folder
+        return (load_model(folder) if dtype is None else load_model(folder, dtype=dtype)), folder
     if dtype is not None:
         raise _fail("dtype", "None for a model that is already loaded", dtype)
     return model, None
