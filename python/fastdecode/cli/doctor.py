@@ -1,0 +1,175 @@
+"""Check the installation and this machine, and say what to do about what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _lib, ops, runtime
+from ..generation import CHECKPOINTS
+from ..models.checkpoint import read_configs
+from .common import print_json
+
+OPTIONAL = {"safetensors": "cli", "tokenizers": "cli", "rich": "cli", "transformers": "hf", "matplotlib": "viz"}
+NEEDED = ("safetensors", "tokenizers", "rich")  # by the command line itself
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    report, problems, advice = examine()
+    if arguments.json:
+        print_json({**report, "problems": problems, "advice": advice})
+    else:  # without rich, which may be what is missing
+        for section, value in report.items():
+            print(f"{section:<15}{_line(value)}")
+        for problem in problems:
+            print(f"BROKEN         {problem}")
+        for line in advice:
+            print(f"advice         {line}")
+        if not problems:
+            print("all that is needed works")
+    return 1 if problems else 0
+
+
+def examine() -> tuple[dict[str, Any], list[str], list[str]]:
+    """What was found; what is broken; what could be better."""
+    problems: list[str] = []
+    advice: list[str] = []
+    with runtime.thread_settings() as cpus:
+        report = {
+            "versions": _versions(problems, advice),
+            "libraries": _libraries(problems),
+            "cpu": {
+                "model": _cpu_model(),
+                "usable": len(cpus),
+                "levels": runtime.cpu_levels(),
+                "level": runtime.cpu_level(),
+            },
+            "threads": _threads(cpus, advice),
+            "read_bandwidth": {"gb_per_s": round(_read_bandwidth(cpus), 1)},
+            "checkpoints": _checkpoints(problems),
+            "cuda": _cuda(advice),
+        }
+    if runtime.cpu_levels() == ["x86-64"]:
+        advice.append("this CPU lacks AVX2: expect the kernels to be several times slower than on newer ones")
+    return report, problems, advice
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_line(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return {None: "missing", True: "yes", False: "no"}.get(value, str(value)) if not _is_number(value) else f"{value:g}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions(problems: list[str], advice: list[str]) -> dict[str, str | None]:
+    found = {"fastdecode": _version("fastdecode"), "python": platform.python_version(), "torch": torch.__version__}
+    for package, extra in OPTIONAL.items():
+        found[package] = _version(package)
+        if found[package] is None:
+            where = problems if package in NEEDED else advice
+            where.append(f"{package} is not installed: pip install 'fastdecode[{extra}]'")
+    return found
+
+
+def _libraries(problems: list[str]) -> dict[str, str]:
+    """Where the compiled libraries are, and whether all builds of a kernel agree."""
+    logits = torch.linspace(-3, 3, 5000).sin().repeat(4, 1)
+    drawn = {}
+    for level in runtime.cpu_levels():
+        with runtime.set_cpu_level(level):
+            drawn[level] = ops.sample(logits, top_p=0.9, seed=1, offset=7).tokens.tolist()
+    if any(tokens != drawn["x86-64"] for tokens in drawn.values()):
+        problems.append(f"the builds of the CPU kernels disagree: sample gave {drawn}")
+    # without them the import of fastdecode would have failed
+    return {"folder": str(_lib.folder()), "_host": "loaded", "_C_cpu": "loaded"}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _threads(cpus: list[int], advice: list[str]) -> dict[str, Any]:
+    """Does a parallel region of two pinned threads get two processors?"""
+    if len(cpus) < 2:
+        advice.append("only one processor is usable: every command runs with one thread")
+        return {"processors_for_two": None}
+    runtime.pin_threads(2, cpus=cpus)
+    matrix = torch.ones(512, 512)
+    _seconds(lambda: matrix @ matrix)
+    wall, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < 0.2:
+        _ = matrix @ matrix
+    got = (time.process_time() - used) / (time.perf_counter() - wall)
+    if got < 1.8:
+        advice.append(
+            f"two threads got {got:.1f} processors instead of 2: other programs are running, or a CPU quota is set; "
+            "measure again when the machine is idle, or use --threads 1"
+        )
+    return {"processors_for_two": round(got, 2)}
+
+
+def _read_bandwidth(cpus: list[int]) -> float:
+    """GB/s of a float32 matrix-vector product over 256 MB, as decoding reads weights; with one thread or all."""
+    matrix, vector = torch.ones(16384, 4096), torch.ones(4096)
+    best = float("inf")
+    for count in {1, len(cpus)}:
+        runtime.pin_threads(count, cpus=cpus)
+        best = min(best, *(_seconds(lambda: torch.mv(matrix, vector)) for _ in range(3)))
+    return matrix.numel() * 4 / best / 1e9
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _checkpoints(problems: list[str]) -> dict[str, bool]:
+    found = {}
+    for name in ("tiny-code", "tiny-code-draft"):
+        folder = CHECKPOINTS / name
+        try:
+            read_configs(folder)
+            files = ("model.safetensors", "tokenizer.json") if name == "tiny-code" else ("model.safetensors",)
+            found[name] = all((folder / file).is_file() for file in files)
+        except ValueError:
+            found[name] = False
+        if not found[name]:
+            problems.append(f"the shipped model {name} is missing or not whole: reinstall fastdecode, or use --model")
+    return found
+
+
+def _cuda(advice: list[str]) -> dict[str, Any]:
+    built = (_lib.folder() / "_C_cuda.so").is_file()
+    available = torch.cuda.is_available()
+    if available and not built:
+        advice.append("there is a GPU, but this fastdecode has CPU kernels only")
+    return {"kernels": "built" if built else "not built", "torch": torch.version.cuda or "none", "gpu": available}
