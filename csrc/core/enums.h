@@ -16,7 +16,7 @@ enum Status : int32_t {
   kStatusErrors = kStatusNaN | kStatusNoMass | kStatusBadLength,
 };
 
-// Acceptance rules of verify_chain (systems/speculative.md section 2).
+// Acceptance rules of verify_chain.
 enum Rule : int64_t { kRuleRatio = 0, kRuleCoupled = 1 };
 
 // Why a request ended, from commit.

@@ -1,5 +1,5 @@
 // The one target law: logits -> bias, bans -> temperature -> top-k -> top-p -> min-p. Sampler, drafter and verifier all
-// call row_law, so speculation cannot target another law than plain sampling. OPS: each filter sees the renormalised
+// call row_law, so speculation cannot target another law than plain sampling. Each filter sees the renormalised
 // result of the one before; the id that crosses top_p is kept; ties at a top-k or top-p threshold keep the lowest ids
 // up to the count; min-p keeps all ties.
 #pragma once

@@ -1,4 +1,4 @@
-// The target law of a row of logits (OPS: bias, bans, temperature, top-k, top-p, min-p in this order; core/filter.h),
+// The target law of a row of logits (bias, bans, temperature, top-k, top-p, min-p in this order; core/filter.h),
 // as probabilities. Plain sampling, drafting and verification all speak of this law.
 #pragma once
 

@@ -1,4 +1,7 @@
-"""Speculative decoding with one chain of drafts per request (systems/speculative.md 2.1, 2.2 and 2.3)."""
+"""Speculative decoding with one chain of drafts per request.
+
+Steps as in Leviathan et al. 2023 (Algorithm 1) and Chen et al. 2023 (Algorithm 2): draft, score, accept, emit one more.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +35,19 @@ def speculative(model: Model, batch: Batch, drafter: Drafter, policy: Policy) ->
     drafter.begin(context)
     batch.lap("prefill")
     while batch.running:
-        # 2.1 step 1: draft x_1 .. x_gamma; near a request's end only as many as it has room for
+        # step 1: draft x_1 .. x_gamma; near a request's end only as many as it has room for
         draft = drafter.propose(context, batch.budget(policy.next_length(batch.statistics)), policy.stop)
         lens = draft.lens.tolist()
         batch.lap("draft")
 
-        # 2.1 step 2: one target forward scores the root and every draft
+        # step 2: one target forward scores the root and every draft
         slots = torch.cat((batch.roots(), draft.tokens), 1)
         num_tokens = None if min(lens) == draft.tokens.shape[1] else [length + 1 for length in lens]
         output = model.forward(slots, cache=cache, num_tokens=num_tokens)
         assert output.logits is not None
         batch.lap("target")
 
-        # 2.1 steps 3 and 4 (2.2 for greedy, 2.3 for coupled): accept a prefix, and one token more
+        # steps 3 and 4: accept a prefix by the batch's rule, and emit one token more
         verified = verify(context, draft, output.logits)
         committed = batch.commit(verified.tokens, verified.num_emitted, cache)
         batch.lap("verify")
