@@ -1,0 +1,126 @@
+"""Every argument of every op with a wrong rank, shape, dtype, device or neighbour: ValueError that names it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support import raises
+
+B, K, V = 3, 2, 6
+I32, F32, F64 = torch.int32, torch.float32, torch.float64
+
+LOGITS = torch.zeros(B, V)
+SEEDS = {"seed": torch.zeros(B, dtype=torch.int64), "offset": torch.zeros(B, dtype=torch.int64)}
+GOOD: dict[str, dict] = {
+    "row_stats": {"logits": LOGITS},
+    "target_probs": {"logits": LOGITS},
+    "sample": {"logits": LOGITS, **SEEDS},
+    "token_logprobs": {"logits": LOGITS, "tokens": torch.zeros(B, dtype=torch.int64), "filtered": True},
+    "verify_chain_greedy": {"draft_tokens": torch.zeros(B, K, dtype=torch.int64),
+                            "target_ids": torch.zeros(B, K + 1, dtype=torch.int64)},
+    "verify_chain": {"draft_tokens": torch.zeros(B, K, dtype=torch.int64), "target_logits": torch.zeros(B, K + 1, V),
+                     **SEEDS},
+    "commit": {"tokens": torch.zeros(B, K + 1, dtype=torch.int64), "num_emitted": torch.zeros(B, dtype=I32),
+               "lengths": torch.zeros(B, dtype=I32), "finished": torch.zeros(B, dtype=torch.bool)},
+}
+
+
+def wrong_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+    """The right tensor with one thing wrong at a time."""
+    right = torch.zeros(shape, dtype=dtype)
+    other = torch.int16 if dtype != torch.int16 else torch.int32
+    wrong = [("dtype", right.to(other)), ("rank", right[..., None]),
+             ("first size", torch.zeros(shape[0] + 1, *shape[1:], dtype=dtype))]
+    if torch.cuda.is_available():  # a meta tensor would not do: it makes the whole call a fake one
+        wrong.append(("device", right.to("cuda")))
+    if len(shape) > 1:
+        wrong.append(("last size", torch.zeros(*shape[:-1], shape[-1] + 1, dtype=dtype)))
+        wrong.append(("last stride", torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]))
+    return wrong
+
+
+FILTER_TENSORS = {"temperature": ((B,), F32), "top_k": ((B,), I32), "top_p": ((B,), F32), "min_p": ((B,), F32),
+                  "bias": ((B, V), F32)}
+ACTIVE = {"active": ((B,), torch.bool)}
+TENSORS: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
+    "row_stats": ACTIVE,
+    "target_probs": FILTER_TENSORS | ACTIVE,
+    "sample": FILTER_TENSORS | ACTIVE | {"seed": ((B,), torch.int64), "offset": ((B,), torch.int64)},
+    "token_logprobs": FILTER_TENSORS | ACTIVE | {"tokens": ((B,), torch.int64)},
+    "verify_chain_greedy": ACTIVE | {"target_ids": ((B, K + 1), torch.int64), "draft_lens": ((B,), I32)},
+    "verify_chain": FILTER_TENSORS | ACTIVE | {
+        "target_logits": ((B, K + 1, V), F32), "draft_probs": ((B, K, V), F32), "draft_lens": ((B,), I32),
+        "seed": ((B,), torch.int64), "offset": ((B,), torch.int64)},
+    "commit": {"num_emitted": ((B,), I32), "lengths": ((B,), I32), "finished": ((B,), torch.bool),
+               "max_lengths": ((B,), I32)},
+}
+TABLE = [(op, argument, what, value) for op, arguments in TENSORS.items() for argument, (shape, dtype)
+         in arguments.items() for what, value in wrong_tensors(shape, dtype)
+         # The vocabulary's size is read off the target: a wider one is another vocabulary, not an error.
+         if not (op == "verify_chain" and argument == "target_logits" and what == "last size")]
+
+
+@pytest.mark.parametrize("op, argument, what, value", TABLE, ids=[f"{o}-{a}-{w}" for o, a, w, _ in TABLE])
+def test_wrong_tensor_is_named(ops, op, argument, what, value):
+    with raises(f"^{op}: {argument}: expected .*got "):
+        getattr(ops, op)(**{**GOOD[op], argument: value})
+
+
+@pytest.mark.parametrize("op", ["row_stats", "target_probs", "sample", "token_logprobs"])
+@pytest.mark.parametrize("logits", [torch.zeros(V), torch.zeros(1, 2, 3, 4), torch.zeros(B, V, dtype=torch.int64),
+                                    torch.zeros(B, 2 * V)[:, ::2], torch.zeros(B, 0)],
+                         ids=["1-D", "4-D", "int64", "strided", "no vocabulary"])
+def test_wrong_logits(ops, op, logits):
+    with raises(f"^{op}: logits: expected .*got "):
+        getattr(ops, op)(**{**GOOD[op], "logits": logits})
+
+
+BANS = torch.zeros(B, 2, dtype=torch.int64)
+OTHERS = [
+    ("sample", {"logits": torch.zeros(B, 2, V)}, "logits"),
+    ("sample", {"stream": -1}, "stream"), ("sample", {"stream": 256}, "stream"),
+    ("sample", {"node": -1}, "node"), ("sample", {"node": 1 << 24}, "node"),
+    ("sample", {"seed": None, "offset": None, "uniforms": torch.zeros(B)}, "uniforms"),
+    ("sample", {"seed": None, "offset": None, "uniforms": torch.zeros(B + 1, dtype=F64)}, "uniforms"),
+    ("sample", {"seed": None, "uniforms": torch.zeros(B, dtype=F64)}, "offset"),
+    ("sample", {"offset": None}, "offset"),
+    ("sample", {"ban_ids": torch.zeros(B, 2, 2, dtype=torch.int64)}, "ban_ids"),
+    ("sample", {"ban_ids": BANS.int()}, "ban_ids"),
+    ("sample", {"min_lengths": BANS}, "min_lengths"),
+    ("sample", {"ban_ids": BANS, "min_lengths": BANS[:, :1]}, "min_lengths"),
+    ("target_probs", {"ban_ids": BANS, "min_lengths": BANS}, "min_lengths|offset"),
+    ("target_probs", {"offset": SEEDS["offset"]}, "offset"),
+    ("token_logprobs", {"top": -1}, "top"),
+    ("token_logprobs", {"filtered": False, "temperature": torch.ones(B)}, "temperature|filtered|.*"),
+    ("token_logprobs", {"logits": torch.zeros(B, 2, V)}, "tokens"),
+    ("verify_chain_greedy", {"draft_tokens": torch.zeros(B, dtype=torch.int64)}, "draft_tokens"),
+    ("verify_chain_greedy", {"draft_tokens": torch.zeros(B, K)}, "draft_tokens"),
+    ("verify_chain", {"draft_tokens": torch.zeros(B, K, dtype=I32)}, "draft_tokens"),
+    ("verify_chain", {"target_logits": None}, "target_.*"),
+    ("verify_chain", {"target_probs": torch.zeros(B, K + 1, V)}, "target_.*"),
+    ("verify_chain", {"seed": None, "offset": None, "uniforms": torch.zeros(B, K, dtype=F64)}, "uniforms"),
+    ("verify_chain", {"rule": 7}, "rule"), ("verify_chain", {"rule": "block"}, "rule"),
+    ("verify_chain", {"rule": "coupled", "draft_probs": torch.zeros(B, K, V)}, "draft_probs"),
+    ("commit", {"tokens": torch.zeros(B, dtype=torch.int64)}, "tokens"),
+    ("commit", {"tokens": torch.zeros(B, K + 1, dtype=I32)}, "tokens"),
+    ("commit", {"stop_ids": torch.zeros(B + 1, 1, dtype=torch.int64)}, "stop_ids"),
+    ("commit", {"stop_ids": torch.zeros(B, 1, dtype=I32)}, "stop_ids"),
+]
+
+
+@pytest.mark.parametrize("op, change, argument", OTHERS, ids=[f"{o}-{'-'.join(c)}" for o, c, _ in OTHERS])
+def test_wrong_combination_is_named(ops, op, change, argument):
+    with raises(f"^{op}: ({argument}).*: expected .*"):
+        getattr(ops, op)(**{**GOOD[op], **change})
+
+
+def test_the_good_calls_are_good(ops):
+    for op, arguments in GOOD.items():
+        getattr(ops, op)(**arguments)
+
+
+def test_message_is_complete(ops):
+    """One in full: op, argument, expected, got."""
+    with raises(r"^verify_chain_greedy: target_ids: expected \[3, 3\], got \[3, 4\]$"):
+        ops.verify_chain_greedy(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64))

@@ -1,0 +1,185 @@
+"""Shared pieces of the op tests: hostile inputs, bit comparisons, error bounds, chi-square."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# One past each vector width, tile border (2048) and block of the kernels; primes; the smallest.
+SIZES = (1, 2, 3, 7, 16, 17, 64, 65, 255, 256, 257, 2047, 2048, 2049, 4096, 5000)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def generator(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+
+ROW_KINDS = ("normal", "ties", "flat", "one_finite", "masked", "spread", "near_tie")
+
+
+def rows(kind: str, batch: int, vocab_size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Logits [batch, vocab_size] that break a different shortcut per kind."""
+    g = generator(ROW_KINDS.index(kind), batch, vocab_size, seed)
+    noise = torch.randn(batch, vocab_size, generator=g, dtype=torch.float64)
+    if kind == "normal":
+        out = 3 * noise
+    elif kind == "ties":
+        out = noise.mul(2).round()
+    elif kind == "flat":
+        out = noise[:, :1].expand(batch, vocab_size)
+    elif kind == "one_finite":
+        at = torch.randint(vocab_size, (batch, 1), generator=g)
+        out = torch.full_like(noise, -torch.inf).scatter(1, at, noise[:, :1])
+    elif kind == "masked":
+        out = noise.masked_fill(torch.rand(noise.shape, generator=g) < 0.7, -torch.inf)
+        out[:, int(torch.randint(vocab_size, (1,), generator=g))] = 0.5
+    elif kind == "spread":
+        out = 3000 * noise
+    else:  # near_tie: the largest logits differ in the last bits of a half
+        out = 8 + noise.abs().clamp(max=2) * 2.0**-8
+    return out.to(dtype).contiguous()
+
+
+def views(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values behind other strides and storage offsets; the last dimension stays dense. Gaps hold NaN or 77."""
+    fill = float("nan") if tensor.is_floating_point() else 77 if tensor.dtype != torch.bool else True
+    yield "contiguous", tensor
+    *lead, last = tensor.shape
+    padded = torch.full((*lead, last + 5), fill, dtype=tensor.dtype)
+    padded[..., 3 : 3 + last] = tensor
+    yield "offset rows", padded[..., 3 : 3 + last]
+    if tensor.dim() >= 2:
+        wide = torch.full((tensor.shape[0] * 2 + 1, *tensor.shape[1:]), fill, dtype=tensor.dtype)
+        wide[1::2] = tensor
+        yield "every other row", wide[1::2]
+    if tensor.dim() == 3:
+        yield "first two dims swapped", tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    as_int = INT_OF_SIZE[left.element_size()]
+    return torch.equal(left.contiguous().view(as_int), right.contiguous().view(as_int))
+
+
+def assert_same(left: tuple, right: tuple, what: str = "") -> None:
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert same_bits(a, b), f"{what}: output {i} differs: {a} != {b}"
+
+
+def check_rows_independent(call: Callable[..., tuple], tensors: dict[str, Tensor | None], levels: tuple[str, ...] = (),
+                           set_level: Callable[[str | None], Any] | None = None) -> tuple:
+    """Order of the batch, other rows, thread count, instruction set and repetition change no bit of any row.
+
+    Every tensor has the batch as dimension 0. Returns the outputs.
+    """
+    given = {k: t for k, t in tensors.items() if t is not None}
+    batch = next(iter(given.values())).shape[0]
+    out = tuple(call(**given))
+    assert_same(out, tuple(call(**given)), "second run")
+    order = torch.randperm(batch, generator=generator(batch))
+    shuffled = call(**{k: t[order] for k, t in given.items()})
+    assert_same(tuple(o[order] for o in out), tuple(shuffled), "shuffled batch")
+    for b in range(min(batch, 6)):
+        alone = call(**{k: t[b : b + 1] for k, t in given.items()})
+        assert_same(tuple(o[b : b + 1] for o in out), tuple(alone), f"row {b} alone")
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert_same(out, tuple(call(**given)), f"{n} threads")
+    finally:
+        torch.set_num_threads(threads)
+    try:
+        for level in levels:
+            set_level(level)
+            assert_same(out, tuple(call(**given)), level)
+    finally:
+        if set_level is not None:
+            set_level(None)
+    return out
+
+
+def assert_as_good_as_torch(got: Tensor, exact: np.ndarray, plain: Tensor, what: str = "") -> None:
+    """Error against the reference at most twice that of the plain torch expression, plus one rounding."""
+    assert got.dtype == plain.dtype and got.shape == plain.shape, f"{what}: {got.dtype} {tuple(got.shape)}"
+    ours, theirs = (t.double().numpy().astype(np.longdouble) for t in (got, plain))
+    special = ~np.isfinite(exact)
+    assert (np.where(special, exact, 0) == np.where(special, ours, 0)).all(), f"{what}: inf in other places"
+    broken = exact[~np.isfinite(ours) & ~special]
+    assert broken.size == 0, f"{what}: not finite where {broken} expected"
+    exact, ours, theirs = exact[~special], ours[~special], theirs[~special]
+    if exact.size == 0:
+        return
+    with np.errstate(invalid="ignore"):
+        their_error = np.abs(theirs - exact)
+    finfo = torch.finfo(got.dtype)
+    bound = 2 * np.nanmax(their_error) + finfo.eps * np.abs(exact) + finfo.smallest_normal
+    error = np.abs(ours - exact)
+    worst = int(np.argmax(error - bound))
+    assert (error <= bound).all(), (
+        f"{what}: error {error[worst]:.3g} over bound {bound[worst]:.3g} (torch {np.nanmax(their_error):.3g}) "
+        f"at value {exact[worst]:.17g}"
+    )
+
+
+def chi_square_z(counts: np.ndarray, probs: np.ndarray, min_expected: float = 10.0) -> float:
+    """Chi-square over bins pooled to `min_expected`, as a standard normal deviate (Wilson and Hilferty)."""
+    counts, probs = counts.astype(np.float64), np.asarray(probs, dtype=np.float64)
+    assert (counts[probs == 0] == 0).all(), "a draw of probability 0"
+    expected = probs * counts.sum()
+    order = np.argsort(expected)
+    bins: list[list[float]] = [[0.0, 0.0]]
+    for i in order:
+        if bins[-1][1] >= min_expected:
+            bins.append([0.0, 0.0])
+        bins[-1][0] += counts[i]
+        bins[-1][1] += expected[i]
+    table = np.array(bins)
+    statistic = ((table[:, 0] - table[:, 1]) ** 2 / table[:, 1]).sum()
+    freedom = max(len(bins) - 1, 1)
+    spread = 2 / (9 * freedom)
+    return float(((statistic / freedom) ** (1 / 3) - (1 - spread)) / np.sqrt(spread))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace.startswith("fastdecode"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def check_op(call: Callable[[], Any], *, inductor: bool = False) -> None:
+    """opcheck of every library op that `call` makes, and torch.compile(fullgraph=True) of `call` against eager.
+
+    The schema arguments are recorded under the wrapper, so its argument handling is what gets checked. aot_eager
+    traces with the fake kernels and functionalises mutations as inductor does, without compiling C++.
+    """
+    with _Recorder() as recorder:
+        expected = call()
+    assert recorder.calls, "no fastdecode op was called"
+    for func, args, kwargs in recorder.calls:
+        torch.library.opcheck(func, args, kwargs)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="inductor" if inductor else "aot_eager")()
+    assert_same(tuple(expected), tuple(compiled), "compiled")
+
+
+def raises(message: str) -> Any:
+    return pytest.raises(ValueError, match=message)
