@@ -1,0 +1,44 @@
+"""commit against the masked form in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from bench import harness
+from torch import Tensor
+
+from fastdecode import ops
+
+
+def plain(tokens: Tensor, num_emitted: Tensor, lengths: Tensor, finished: Tensor, max_lengths: Tensor,
+          stop_ids: Tensor) -> tuple[Tensor, Tensor]:
+    width = tokens.shape[1]
+    at = torch.arange(width)
+    stop = (tokens[:, :, None] == stop_ids[:, None]).any(-1) & (at < num_emitted[:, None])
+    first_stop = torch.where(stop.any(1), stop.int().argmax(1), width)
+    room = max_lengths - lengths
+    count = torch.minimum(torch.minimum(num_emitted, first_stop + 1), room).masked_fill_(finished, 0)
+    reason = torch.where(first_stop < count, 1, torch.where(count == room, 2, 0)).masked_fill_(finished, 0)
+    lengths += count.int()
+    finished |= reason > 0
+    return count, reason
+
+
+def cases() -> Iterator[harness.Case]:
+    for batch in (1, 8):
+        for width in (5, 17):
+            tokens = torch.randint(100, 4096, (batch, width))
+            emitted = torch.full((batch,), width, dtype=torch.int32)
+            # Nothing ever ends here, so every call does the same work; the lengths stay far below the cap.
+            state = [(torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.bool)) for _ in range(2)]
+            cap, stops = torch.full((batch,), 2**31 - 1, dtype=torch.int32), torch.tensor([[2, -1]]).repeat(batch, 1)
+            yield harness.Case(
+                f"B={batch} K+1={width}", batch * (width + 2) * 8,
+                lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops:
+                ops.commit(t, e, *s[0], max_lengths=c, stop_ids=x),
+                {"torch masks": lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops: plain(t, e, *s[1], c, x)})
+
+
+if __name__ == "__main__":
+    harness.main("commit", cases)
