@@ -115,18 +115,25 @@ def environment() -> dict[str, object]:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
     return {
-        "device": cpu, "threads": torch.get_num_threads(), "cpu_levels": list(fastdecode.cpu_levels()),
-        "versions": {"fastdecode": fastdecode.__version__, "torch": torch.__version__,
-                     "python": platform.python_version()},
+        "device": cpu,
+        "threads": torch.get_num_threads(),
+        "cpu_levels": list(fastdecode.cpu_levels()),
+        "versions": {
+            "fastdecode": fastdecode.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "commit": git("rev-parse", "HEAD"),
         "modified": bool(git("status", "--porcelain", "--", "../csrc", "../python")),
     }
 
 
 def _line(row: Row) -> str:
-    return (f"{row.shape:34} {row.ours.median_us:10.1f} [{row.ours.p10_us:9.1f} {row.ours.p90_us:9.1f}] "
-            f"{row.gb_per_s:7.1f} {100 * row.fraction_of_bandwidth:5.0f} % {row.ours.cores:5.2f}   "
-            f"{row.peer:26} {row.peer_timing.median_us:10.1f} {row.ratio:7.2f}x")
+    return (
+        f"{row.shape:34} {row.ours.median_us:10.1f} [{row.ours.p10_us:9.1f} {row.ours.p90_us:9.1f}] "
+        f"{row.gb_per_s:7.1f} {100 * row.fraction_of_bandwidth:5.0f} % {row.ours.cores:5.2f}   "
+        f"{row.peer:26} {row.peer_timing.median_us:10.1f} {row.ratio:7.2f}x"
+    )
 
 
 def main(op: str, cases: Callable[[], Iterator[Case]]) -> None:
@@ -140,15 +147,18 @@ def main(op: str, cases: Callable[[], Iterator[Case]]) -> None:
 
     bandwidth = read_bandwidth()
     print(f"{op}: {options.threads} threads, measured read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'shape':34} {'us':>10} [{'p10':>9} {'p90':>9}] {'GB/s':>7} {'of bw':>7} {'cores':>5}   "
-          f"{'peer':26} {'us':>10} {'ratio':>8}")
+    print(
+        f"{'shape':34} {'us':>10} [{'p10':>9} {'p90':>9}] {'GB/s':>7} {'of bw':>7} {'cores':>5}   "
+        f"{'peer':26} {'us':>10} {'ratio':>8}"
+    )
     rows: list[Row] = []
     for case in cases():
         ours, *peers = measure([case.ours, *case.peers.values()], options.seconds)
         rate = case.bytes_moved / (ours.median_us * 1e-6)
         for name, peer in zip(case.peers, peers, strict=True):
-            rows.append(Row(op, case.shape, ours, rate / 1e9, rate / bandwidth, name, peer,
-                            peer.median_us / ours.median_us))
+            rows.append(
+                Row(op, case.shape, ours, rate / 1e9, rate / bandwidth, name, peer, peer.median_us / ours.median_us)
+            )
             print(_line(rows[-1]), flush=True)
     if options.json:
         report = {"op": op, **environment(), "read_gb_per_s": bandwidth / 1e9, "rows": [asdict(r) for r in rows]}

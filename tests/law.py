@@ -21,12 +21,14 @@ LAST = float(np.nextafter(1.0, 0.0))
 _STEPS = 80  # 53 halvings separate doubles near 1; near 0 the measure below 2^-80 does not matter
 
 
-def _fingerprints(outcome: Outcome, case: np.ndarray, prefix: np.ndarray, value: np.ndarray,
-                  probes: np.ndarray) -> np.ndarray:
+def _fingerprints(
+    outcome: Outcome, case: np.ndarray, prefix: np.ndarray, value: np.ndarray, probes: np.ndarray
+) -> np.ndarray:
     """What is left of the op once coordinates 0..j are fixed, seen at a few values of the later ones: [R, ...]."""
     rows, count = value.size, probes.shape[0]
-    uniforms = np.concatenate([np.repeat(prefix, count, 0), np.repeat(value, count)[:, None],
-                               np.tile(probes, (rows, 1))], axis=1)
+    uniforms = np.concatenate(
+        [np.repeat(prefix, count, 0), np.repeat(value, count)[:, None], np.tile(probes, (rows, 1))], axis=1
+    )
     return outcome(np.repeat(case, count), uniforms).reshape(rows, -1)
 
 
@@ -46,8 +48,9 @@ def exact_law(outcome: Outcome, num_uniforms: int, num_cases: int = 1, *, grid: 
         probes = generator.random((3 if later else 1, later))
         points = np.concatenate([[0.0], np.sort(generator.random(grid)), [LAST]])
         shape = (case.size, points.size)
-        seen = _fingerprints(outcome, np.repeat(case, points.size), np.repeat(prefix, points.size, 0),
-                             np.tile(points, case.size), probes).reshape(*shape, -1)
+        seen = _fingerprints(
+            outcome, np.repeat(case, points.size), np.repeat(prefix, points.size, 0), np.tile(points, case.size), probes
+        ).reshape(*shape, -1)
 
         # Brackets (node, low, high) whose ends differ; halved until the doubles are adjacent.
         node, cell = np.nonzero((seen[:, 1:] != seen[:, :-1]).any(-1))
@@ -112,8 +115,12 @@ def sequence_law(probs: Model, length: int, prefix: tuple[int, ...] = ()) -> Law
     """Joint law of `length` tokens of which `prefix` is given: the product of the model's rows."""
     law: Law = {prefix[:length]: 1.0}
     for _ in range(length - min(length, len(prefix))):
-        law = {(*context, x): weight * float(p) for context, weight in law.items()
-               for x, p in enumerate(probs(context)) if p > 0}
+        law = {
+            (*context, x): weight * float(p)
+            for context, weight in law.items()
+            for x, p in enumerate(probs(context))
+            if p > 0
+        }
     return law
 
 

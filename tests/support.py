@@ -79,8 +79,12 @@ def assert_same(left: tuple, right: tuple, what: str = "") -> None:
         assert same_bits(a, b), f"{what}: output {i} differs: {a} != {b}"
 
 
-def check_rows_independent(call: Callable[..., tuple], tensors: dict[str, Tensor | None], levels: tuple[str, ...] = (),
-                           set_level: Callable[[str | None], Any] | None = None) -> tuple:
+def check_rows_independent(
+    call: Callable[..., tuple],
+    tensors: dict[str, Tensor | None],
+    levels: tuple[str, ...] = (),
+    set_level: Callable[[str | None], Any] | None = None,
+) -> tuple:
     """Order of the batch, other rows, thread count, instruction set and repetition change no bit of any row.
 
     Every tensor has the batch as dimension 0. Returns the outputs.

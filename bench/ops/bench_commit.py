@@ -11,8 +11,9 @@ from torch import Tensor
 from fastdecode import ops
 
 
-def plain(tokens: Tensor, num_emitted: Tensor, lengths: Tensor, finished: Tensor, max_lengths: Tensor,
-          stop_ids: Tensor) -> tuple[Tensor, Tensor]:
+def plain(
+    tokens: Tensor, num_emitted: Tensor, lengths: Tensor, finished: Tensor, max_lengths: Tensor, stop_ids: Tensor
+) -> tuple[Tensor, Tensor]:
     width = tokens.shape[1]
     at = torch.arange(width)
     stop = (tokens[:, :, None] == stop_ids[:, None]).any(-1) & (at < num_emitted[:, None])
@@ -34,10 +35,13 @@ def cases() -> Iterator[harness.Case]:
             state = [(torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.bool)) for _ in range(2)]
             cap, stops = torch.full((batch,), 2**31 - 1, dtype=torch.int32), torch.tensor([[2, -1]]).repeat(batch, 1)
             yield harness.Case(
-                f"B={batch} K+1={width}", batch * (width + 2) * 8,
-                lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops:
-                ops.commit(t, e, *s[0], max_lengths=c, stop_ids=x),
-                {"torch masks": lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops: plain(t, e, *s[1], c, x)})
+                f"B={batch} K+1={width}",
+                batch * (width + 2) * 8,
+                lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops: ops.commit(
+                    t, e, *s[0], max_lengths=c, stop_ids=x
+                ),
+                {"torch masks": lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops: plain(t, e, *s[1], c, x)},
+            )
 
 
 if __name__ == "__main__":

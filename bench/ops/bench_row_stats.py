@@ -24,10 +24,14 @@ def cases() -> Iterator[harness.Case]:
                 logits = harness.copies(torch.randn(batch, vocab_size).to(dtype))
                 n = len(logits)
                 yield harness.Case(
-                    f"B={batch} V={vocab_size} {str(dtype)[6:]}", batch * vocab_size * dtype.itemsize,
+                    f"B={batch} V={vocab_size} {str(dtype)[6:]}",
+                    batch * vocab_size * dtype.itemsize,
                     lambda i, x=logits, n=n: ops.row_stats(x[i % n]),
-                    {"torch topk+softmax+lse": lambda i, x=logits, n=n: plain(x[i % n]),
-                     "torch argmax alone": lambda i, x=logits, n=n: x[i % n].argmax(-1)})
+                    {
+                        "torch topk+softmax+lse": lambda i, x=logits, n=n: plain(x[i % n]),
+                        "torch argmax alone": lambda i, x=logits, n=n: x[i % n].argmax(-1),
+                    },
+                )
 
 
 if __name__ == "__main__":

@@ -31,15 +31,19 @@ def cases() -> Iterator[harness.Case]:
                 filters = {
                     "temperature": torch.full((batch,), temperature),
                     "top_k": torch.full((batch,), top_k, dtype=torch.int32) if top_k else None,
-                    "top_p": torch.full((batch,), top_p) if top_p < 1 else None}
-                peers = {"torch filters+multinomial": lambda i, x=logits, n=n, c=chosen:
-                         plain(x[i % n], *c).multinomial(1)}
+                    "top_p": torch.full((batch,), top_p) if top_p < 1 else None,
+                }
+                peers = {
+                    "torch filters+multinomial": lambda i, x=logits, n=n, c=chosen: plain(x[i % n], *c).multinomial(1)
+                }
                 if top_k:
                     peers["torch topk+multinomial"] = lambda i, x=logits, n=n, c=chosen: top_k_first(x[i % n], *c)
                 yield harness.Case(
-                    f"B={batch} V={vocab_size} {name}", batch * vocab_size * 4,
+                    f"B={batch} V={vocab_size} {name}",
+                    batch * vocab_size * 4,
                     lambda i, x=logits, n=n, f=filters, s=seed, o=offset: ops.sample(x[i % n], seed=s, offset=o, **f),
-                    peers)
+                    peers,
+                )
 
 
 if __name__ == "__main__":

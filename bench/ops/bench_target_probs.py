@@ -33,11 +33,14 @@ def cases() -> Iterator[harness.Case]:
                 filters = {
                     "temperature": torch.full((batch,), temperature),
                     "top_k": torch.full((batch,), top_k, dtype=torch.int32) if top_k else None,
-                    "top_p": torch.full((batch,), top_p) if top_p < 1 else None}
+                    "top_p": torch.full((batch,), top_p) if top_p < 1 else None,
+                }
                 yield harness.Case(
-                    f"B={batch} V={vocab_size} {name}", 2 * batch * vocab_size * 4,
+                    f"B={batch} V={vocab_size} {name}",
+                    2 * batch * vocab_size * 4,
                     lambda i, x=logits, n=n, f=filters: ops.target_probs(x[i % n], **f),
-                    {"torch topk/sort/softmax": lambda i, x=logits, n=n, c=chosen: plain(x[i % n], *c)})
+                    {"torch topk/sort/softmax": lambda i, x=logits, n=n, c=chosen: plain(x[i % n], *c)},
+                )
 
 
 if __name__ == "__main__":

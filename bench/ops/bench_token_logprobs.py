@@ -22,9 +22,11 @@ def cases() -> Iterator[harness.Case]:
             logits = harness.copies(torch.randn(batch, vocab_size))
             n, tokens = len(logits), torch.randint(vocab_size, (batch,))
             yield harness.Case(
-                f"B={batch} V={vocab_size} top=5", batch * vocab_size * 4,
+                f"B={batch} V={vocab_size} top=5",
+                batch * vocab_size * 4,
                 lambda i, x=logits, n=n, t=tokens: ops.token_logprobs(x[i % n], t, top=5),
-                {"torch log_softmax+topk": lambda i, x=logits, n=n, t=tokens: plain(x[i % n], t, 5)})
+                {"torch log_softmax+topk": lambda i, x=logits, n=n, t=tokens: plain(x[i % n], t, 5)},
+            )
 
 
 if __name__ == "__main__":

@@ -45,9 +45,16 @@ def cases() -> Iterator[harness.Case]:
                 return ops.verify_chain(d, target_logits=x[i % n], rule="coupled", seed=s, offset=o + i)
 
             yield harness.Case(
-                f"B={batch} V={vocab_size} K={K} ratio", batch * (K + 2) * vocab_size * 4, ours,
-                {"torch softmax+multinomial": lambda i, x=targets, q=drafters, n=n, d=tokens:
-                 plain(d, q[i % n], x[i % n]), "fastdecode coupled": coupled})
+                f"B={batch} V={vocab_size} K={K} ratio",
+                batch * (K + 2) * vocab_size * 4,
+                ours,
+                {
+                    "torch softmax+multinomial": lambda i, x=targets, q=drafters, n=n, d=tokens: plain(
+                        d, q[i % n], x[i % n]
+                    ),
+                    "fastdecode coupled": coupled,
+                },
+            )
 
 
 if __name__ == "__main__":

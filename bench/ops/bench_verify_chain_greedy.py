@@ -24,9 +24,11 @@ def cases() -> Iterator[harness.Case]:
             draft = target[:, :longest].clone()
             draft[:, longest // 2] += 1
             yield harness.Case(
-                f"B={batch} K={longest}", batch * (3 * longest + 5) * 8,
+                f"B={batch} K={longest}",
+                batch * (3 * longest + 5) * 8,
                 lambda i, d=draft, t=target: ops.verify_chain_greedy(d, t),
-                {"torch cumprod": lambda i, d=draft, t=target: plain(d, t)})
+                {"torch cumprod": lambda i, d=draft, t=target: plain(d, t)},
+            )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,21 @@ GOOD: dict[str, dict] = {
     "target_probs": {"logits": LOGITS},
     "sample": {"logits": LOGITS, **SEEDS},
     "token_logprobs": {"logits": LOGITS, "tokens": torch.zeros(B, dtype=torch.int64), "filtered": True},
-    "verify_chain_greedy": {"draft_tokens": torch.zeros(B, K, dtype=torch.int64),
-                            "target_ids": torch.zeros(B, K + 1, dtype=torch.int64)},
-    "verify_chain": {"draft_tokens": torch.zeros(B, K, dtype=torch.int64), "target_logits": torch.zeros(B, K + 1, V),
-                     **SEEDS},
-    "commit": {"tokens": torch.zeros(B, K + 1, dtype=torch.int64), "num_emitted": torch.zeros(B, dtype=I32),
-               "lengths": torch.zeros(B, dtype=I32), "finished": torch.zeros(B, dtype=torch.bool)},
+    "verify_chain_greedy": {
+        "draft_tokens": torch.zeros(B, K, dtype=torch.int64),
+        "target_ids": torch.zeros(B, K + 1, dtype=torch.int64),
+    },
+    "verify_chain": {
+        "draft_tokens": torch.zeros(B, K, dtype=torch.int64),
+        "target_logits": torch.zeros(B, K + 1, V),
+        **SEEDS,
+    },
+    "commit": {
+        "tokens": torch.zeros(B, K + 1, dtype=torch.int64),
+        "num_emitted": torch.zeros(B, dtype=I32),
+        "lengths": torch.zeros(B, dtype=I32),
+        "finished": torch.zeros(B, dtype=torch.bool),
+    },
 }
 
 
@@ -30,8 +39,11 @@ def wrong_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str,
     """The right tensor with one thing wrong at a time."""
     right = torch.zeros(shape, dtype=dtype)
     other = torch.int16 if dtype != torch.int16 else torch.int32
-    wrong = [("dtype", right.to(other)), ("rank", right[..., None]),
-             ("first size", torch.zeros(shape[0] + 1, *shape[1:], dtype=dtype))]
+    wrong = [
+        ("dtype", right.to(other)),
+        ("rank", right[..., None]),
+        ("first size", torch.zeros(shape[0] + 1, *shape[1:], dtype=dtype)),
+    ]
     if torch.cuda.is_available():  # a meta tensor would not do: it makes the whole call a fake one
         wrong.append(("device", right.to("cuda")))
     if len(shape) > 1:
@@ -40,8 +52,13 @@ def wrong_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str,
     return wrong
 
 
-FILTER_TENSORS = {"temperature": ((B,), F32), "top_k": ((B,), I32), "top_p": ((B,), F32), "min_p": ((B,), F32),
-                  "bias": ((B, V), F32)}
+FILTER_TENSORS = {
+    "temperature": ((B,), F32),
+    "top_k": ((B,), I32),
+    "top_p": ((B,), F32),
+    "min_p": ((B,), F32),
+    "bias": ((B, V), F32),
+}
 ACTIVE = {"active": ((B,), torch.bool)}
 TENSORS: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
     "row_stats": ACTIVE,
@@ -49,16 +66,30 @@ TENSORS: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
     "sample": FILTER_TENSORS | ACTIVE | {"seed": ((B,), torch.int64), "offset": ((B,), torch.int64)},
     "token_logprobs": FILTER_TENSORS | ACTIVE | {"tokens": ((B,), torch.int64)},
     "verify_chain_greedy": ACTIVE | {"target_ids": ((B, K + 1), torch.int64), "draft_lens": ((B,), I32)},
-    "verify_chain": FILTER_TENSORS | ACTIVE | {
-        "target_logits": ((B, K + 1, V), F32), "draft_probs": ((B, K, V), F32), "draft_lens": ((B,), I32),
-        "seed": ((B,), torch.int64), "offset": ((B,), torch.int64)},
-    "commit": {"num_emitted": ((B,), I32), "lengths": ((B,), I32), "finished": ((B,), torch.bool),
-               "max_lengths": ((B,), I32)},
+    "verify_chain": FILTER_TENSORS
+    | ACTIVE
+    | {
+        "target_logits": ((B, K + 1, V), F32),
+        "draft_probs": ((B, K, V), F32),
+        "draft_lens": ((B,), I32),
+        "seed": ((B,), torch.int64),
+        "offset": ((B,), torch.int64),
+    },
+    "commit": {
+        "num_emitted": ((B,), I32),
+        "lengths": ((B,), I32),
+        "finished": ((B,), torch.bool),
+        "max_lengths": ((B,), I32),
+    },
 }
-TABLE = [(op, argument, what, value) for op, arguments in TENSORS.items() for argument, (shape, dtype)
-         in arguments.items() for what, value in wrong_tensors(shape, dtype)
-         # The vocabulary's size is read off the target: a wider one is another vocabulary, not an error.
-         if not (op == "verify_chain" and argument == "target_logits" and what == "last size")]
+TABLE = [
+    (op, argument, what, value)
+    for op, arguments in TENSORS.items()
+    for argument, (shape, dtype) in arguments.items()
+    for what, value in wrong_tensors(shape, dtype)
+    # The vocabulary's size is read off the target: a wider one is another vocabulary, not an error.
+    if not (op == "verify_chain" and argument == "target_logits" and what == "last size")
+]
 
 
 @pytest.mark.parametrize("op, argument, what, value", TABLE, ids=[f"{o}-{a}-{w}" for o, a, w, _ in TABLE])
@@ -68,9 +99,17 @@ def test_wrong_tensor_is_named(ops, op, argument, what, value):
 
 
 @pytest.mark.parametrize("op", ["row_stats", "target_probs", "sample", "token_logprobs"])
-@pytest.mark.parametrize("logits", [torch.zeros(V), torch.zeros(1, 2, 3, 4), torch.zeros(B, V, dtype=torch.int64),
-                                    torch.zeros(B, 2 * V)[:, ::2], torch.zeros(B, 0)],
-                         ids=["1-D", "4-D", "int64", "strided", "no vocabulary"])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(V),
+        torch.zeros(1, 2, 3, 4),
+        torch.zeros(B, V, dtype=torch.int64),
+        torch.zeros(B, 2 * V)[:, ::2],
+        torch.zeros(B, 0),
+    ],
+    ids=["1-D", "4-D", "int64", "strided", "no vocabulary"],
+)
 def test_wrong_logits(ops, op, logits):
     with raises(f"^{op}: logits: expected .*got "):
         getattr(ops, op)(**{**GOOD[op], "logits": logits})
@@ -79,8 +118,10 @@ def test_wrong_logits(ops, op, logits):
 BANS = torch.zeros(B, 2, dtype=torch.int64)
 OTHERS = [
     ("sample", {"logits": torch.zeros(B, 2, V)}, "logits"),
-    ("sample", {"stream": -1}, "stream"), ("sample", {"stream": 256}, "stream"),
-    ("sample", {"node": -1}, "node"), ("sample", {"node": 1 << 24}, "node"),
+    ("sample", {"stream": -1}, "stream"),
+    ("sample", {"stream": 256}, "stream"),
+    ("sample", {"node": -1}, "node"),
+    ("sample", {"node": 1 << 24}, "node"),
     ("sample", {"seed": None, "offset": None, "uniforms": torch.zeros(B)}, "uniforms"),
     ("sample", {"seed": None, "offset": None, "uniforms": torch.zeros(B + 1, dtype=F64)}, "uniforms"),
     ("sample", {"seed": None, "uniforms": torch.zeros(B, dtype=F64)}, "offset"),
@@ -100,7 +141,8 @@ OTHERS = [
     ("verify_chain", {"target_logits": None}, "target_.*"),
     ("verify_chain", {"target_probs": torch.zeros(B, K + 1, V)}, "target_.*"),
     ("verify_chain", {"seed": None, "offset": None, "uniforms": torch.zeros(B, K, dtype=F64)}, "uniforms"),
-    ("verify_chain", {"rule": 7}, "rule"), ("verify_chain", {"rule": "block"}, "rule"),
+    ("verify_chain", {"rule": 7}, "rule"),
+    ("verify_chain", {"rule": "block"}, "rule"),
     ("verify_chain", {"rule": "coupled", "draft_probs": torch.zeros(B, K, V)}, "draft_probs"),
     ("commit", {"tokens": torch.zeros(B, dtype=torch.int64)}, "tokens"),
     ("commit", {"tokens": torch.zeros(B, K + 1, dtype=I32)}, "tokens"),

@@ -30,8 +30,12 @@ def test_every_small_case(ops):
     finished = torch.tensor([c[3] for c in cases])
     max_lengths = torch.tensor([10 + c[1] for c in cases], dtype=I32)
     stop_ids = torch.tensor([[7, -1]]).repeat(batch, 1)
-    for options in ({}, {"max_lengths": max_lengths}, {"stop_ids": stop_ids},
-                    {"max_lengths": max_lengths, "stop_ids": stop_ids}):
+    for options in (
+        {},
+        {"max_lengths": max_lengths},
+        {"stop_ids": stop_ids},
+        {"max_lengths": max_lengths, "stop_ids": stop_ids},
+    ):
         got = run(ops, tokens, num_emitted, lengths, finished, **options)
         want = reference.commit(tokens, num_emitted, lengths, finished, **options)
         for name, g, w in zip(("num_committed", "reason", "lengths", "finished"), got, want):
@@ -47,8 +51,10 @@ def test_random_shapes(batch, longest, stops, seed):
     num_emitted = torch.randint(longest + 2, (batch,), generator=g, dtype=I32)
     lengths = torch.randint(100, (batch,), generator=g, dtype=I32)
     finished = torch.rand(batch, generator=g) < 0.3
-    options = {"max_lengths": lengths + torch.randint(1, longest + 3, (batch,), generator=g, dtype=I32),
-               "stop_ids": torch.randint(-1, 6, (batch, stops), generator=g)}
+    options = {
+        "max_lengths": lengths + torch.randint(1, longest + 3, (batch,), generator=g, dtype=I32),
+        "stop_ids": torch.randint(-1, 6, (batch, stops), generator=g),
+    }
     got = run(fastdecode.ops, tokens, num_emitted, lengths, finished, **options)
     assert_same(got, reference.commit(tokens, num_emitted, lengths, finished, **options))
     assert (got[2] == lengths + got[0]).all() and (got[2] <= torch.maximum(options["max_lengths"], lengths)).all()
@@ -58,24 +64,43 @@ def test_random_shapes(batch, longest, stops, seed):
 def test_stop_at_first_middle_last_and_bonus_slot(ops, slot, committed):
     tokens = torch.tensor([[10, 11, 12, 13, 14]])
     tokens[0, slot] = 2
-    out = run(ops, tokens, torch.tensor([5], dtype=I32), torch.tensor([20], dtype=I32), torch.tensor([False]),
-              stop_ids=torch.tensor([[-1, 2]]))
+    out = run(
+        ops,
+        tokens,
+        torch.tensor([5], dtype=I32),
+        torch.tensor([20], dtype=I32),
+        torch.tensor([False]),
+        stop_ids=torch.tensor([[-1, 2]]),
+    )
     assert [o.item() for o in out] == [committed, fastdecode.FinishReason.STOP, 20 + committed, True]
 
 
 def test_stop_wins_over_length_on_the_last_slot_that_fits(ops):
     tokens = torch.tensor([[5, 6, 7]] * 3)
     emitted, lengths = torch.full((3,), 3, dtype=I32), torch.full((3,), 8, dtype=I32)
-    out = run(ops, tokens, emitted, lengths, torch.zeros(3, dtype=torch.bool),
-              max_lengths=torch.tensor([10, 10, 99], dtype=I32), stop_ids=torch.tensor([[6], [7], [7]]))
+    out = run(
+        ops,
+        tokens,
+        emitted,
+        lengths,
+        torch.zeros(3, dtype=torch.bool),
+        max_lengths=torch.tensor([10, 10, 99], dtype=I32),
+        stop_ids=torch.tensor([[6], [7], [7]]),
+    )
     assert out[0].tolist() == [2, 2, 3]
     assert out[1].tolist() == [1, 2, 1]
 
 
 def test_padding_never_stops(ops):
     """-1 in tokens past num_emitted and -1 in stop_ids must not meet."""
-    out = run(ops, torch.tensor([[4, -1, -1]]), torch.tensor([1], dtype=I32), torch.tensor([0], dtype=I32),
-              torch.tensor([False]), stop_ids=torch.tensor([[-1, -1]]))
+    out = run(
+        ops,
+        torch.tensor([[4, -1, -1]]),
+        torch.tensor([1], dtype=I32),
+        torch.tensor([0], dtype=I32),
+        torch.tensor([False]),
+        stop_ids=torch.tensor([[-1, -1]]),
+    )
     assert [o.item() for o in out] == [1, 0, 1, False]
 
 
@@ -108,12 +133,17 @@ def test_views(ops):
 
 def test_rows_are_independent(ops, check_rows_independent):
     g = generator(6)
-    check_rows_independent(lambda **t: run(ops, **t), {
-        "tokens": torch.randint(9, (300, 5), generator=g),
-        "num_emitted": torch.randint(6, (300,), generator=g, dtype=I32),
-        "lengths": torch.randint(50, (300,), generator=g, dtype=I32), "finished": torch.rand(300, generator=g) < 0.2,
-        "max_lengths": torch.randint(20, 60, (300,), generator=g, dtype=I32),
-        "stop_ids": torch.randint(-1, 9, (300, 2), generator=g)})
+    check_rows_independent(
+        lambda **t: run(ops, **t),
+        {
+            "tokens": torch.randint(9, (300, 5), generator=g),
+            "num_emitted": torch.randint(6, (300,), generator=g, dtype=I32),
+            "lengths": torch.randint(50, (300,), generator=g, dtype=I32),
+            "finished": torch.rand(300, generator=g) < 0.2,
+            "max_lengths": torch.randint(20, 60, (300,), generator=g, dtype=I32),
+            "stop_ids": torch.randint(-1, 9, (300, 2), generator=g),
+        },
+    )
 
 
 def test_opcheck_and_compile(ops):

@@ -21,8 +21,10 @@ from support import (
 
 def expected(logits: torch.Tensor) -> list[np.ndarray]:
     stats = [reference.row_stats(row) for row in reference.numpy_row(logits).reshape(-1, logits.shape[-1])]
-    return [np.array([getattr(s, name) for s in stats]).reshape(logits.shape[:-1])
-            for name in ("max", "argmax", "second", "logsumexp", "entropy", "status")]
+    return [
+        np.array([getattr(s, name) for s in stats]).reshape(logits.shape[:-1])
+        for name in ("max", "argmax", "second", "logsumexp", "entropy", "status")
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,27 +33,40 @@ CDF_MARGIN = {torch.float64: 1e-12, torch.float32: 1e-5}
 def seeds(batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
     g = generator(99, seed)
     full = torch.iinfo(torch.int64)
-    return {"seed": torch.randint(full.min, full.max, (batch,), generator=g),
-            "offset": torch.randint(0, 2**40, (batch,), generator=g)}
+    return {
+        "seed": torch.randint(full.min, full.max, (batch,), generator=g),
+        "offset": torch.randint(0, 2**40, (batch,), generator=g),
+    }
 
 
 def some_filters(batch: int) -> dict[str, torch.Tensor]:
     def tensor(values, dtype):
         return torch.tensor((values * batch)[:batch], dtype=dtype)
 
-    return {"temperature": tensor([0.7, 1.0, 0.0, 1.6, 0.3], torch.float32), "top_k": tensor([0, 50, 3], torch.int32),
-            "top_p": tensor([0.9, 1.0], torch.float32), "min_p": tensor([0.0, 0.0, 0.1], torch.float32)}
+    return {
+        "temperature": tensor([0.7, 1.0, 0.0, 1.6, 0.3], torch.float32),
+        "top_k": tensor([0, 50, 3], torch.int32),
+        "top_p": tensor([0.9, 1.0], torch.float32),
+        "min_p": tensor([0.0, 0.0, 0.1], torch.float32),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The contract of the random numbers
 
 
-@pytest.mark.parametrize("counter, key, words", [
-    ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), "d16cfe09 94fdcceb 5001e420 24126ea1"),
-])
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
 def test_reference_philox_known_answers(counter, key, words):
     """Vectors of the Random123 distribution: the reference itself is pinned to something outside this library."""
     assert " ".join(f"{int(w):08x}" for w in rng.philox(counter, key)) == words
@@ -80,8 +93,13 @@ def test_golden_vectors(ops, cpu_level):
     for case in golden_cases():
         for dtype in (torch.float64, torch.float32):
             tokens, status = ops.sample(
-                golden_logits(case).to(dtype)[None], seed=torch.tensor([case["seed"]]),
-                offset=torch.tensor([case["offset"]]), stream=case["stream"], node=case["node"], **case["filters"])
+                golden_logits(case).to(dtype)[None],
+                seed=torch.tensor([case["seed"]]),
+                offset=torch.tensor([case["offset"]]),
+                stream=case["stream"],
+                node=case["node"],
+                **case["filters"],
+            )
             assert tokens.tolist() == [case["token"]] and status.tolist() == [0], case
 
 
@@ -102,8 +120,9 @@ def test_seeded_tokens_equal_reference(ops, vocab_size, dtype):
         for filters in ({}, some_filters(10)):
             keys = seeds(10, vocab_size)
             tokens, status = ops.sample(logits, **keys, stream=vocab_size % 8, node=vocab_size % 1000, **filters)
-            want, want_status, margin = reference.sample(logits, **keys, stream=vocab_size % 8, node=vocab_size % 1000,
-                                                         **filters)
+            want, want_status, margin = reference.sample(
+                logits, **keys, stream=vocab_size % 8, node=vocab_size % 1000, **filters
+            )
             np.testing.assert_array_equal(status.numpy(), want_status)
             clear = margin > RACE_MARGIN
             np.testing.assert_array_equal(tokens.numpy()[clear], want[clear], err_msg=f"{kind} {filters.keys()}")
@@ -115,8 +134,12 @@ def test_seeded_tokens_equal_reference(ops, vocab_size, dtype):
 def test_every_counter_word_counts(ops, word):
     """Each argument, and each half of the 64-bit ones, reaches the counter; equality with the reference pins where."""
     logits = torch.zeros(1, 4096, dtype=torch.float64)
-    values = {"seed": [0, 1, -1, 2**32, -(2**63), 2**63 - 1], "offset": [0, 1, 2**32, 2**32 + 1, 2**62],
-              "stream": [0, 1, 7], "node": [0, 1, 1023]}[word]
+    values = {
+        "seed": [0, 1, -1, 2**32, -(2**63), 2**63 - 1],
+        "offset": [0, 1, 2**32, 2**32 + 1, 2**62],
+        "stream": [0, 1, 7],
+        "node": [0, 1, 1023],
+    }[word]
     drawn = []
     for value in values:
         chosen = {"seed": 5, "offset": 6, "stream": 0, "node": 0} | {word: value}
@@ -292,9 +315,14 @@ def test_rows_are_independent(ops, check_rows_independent, dtype):
 
 def test_arguments_that_conflict(ops):
     logits, uniforms, keys = torch.zeros(2, 4), torch.zeros(2, dtype=torch.float64), seeds(2)
-    for wrong in ({}, {"uniforms": uniforms, "seed": keys["seed"], "offset": keys["offset"]},
-                  {"uniforms": uniforms, "offset": keys["offset"]}, {"seed": keys["seed"]}, {"offset": keys["offset"]},
-                  {"uniforms": uniforms, "seed": keys["seed"]}):
+    for wrong in (
+        {},
+        {"uniforms": uniforms, "seed": keys["seed"], "offset": keys["offset"]},
+        {"uniforms": uniforms, "offset": keys["offset"]},
+        {"seed": keys["seed"]},
+        {"offset": keys["offset"]},
+        {"uniforms": uniforms, "seed": keys["seed"]},
+    ):
         with raises("^sample: "):
             ops.sample(logits, **wrong)
 
@@ -307,9 +335,14 @@ def test_empty_batch(ops):
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 33, torch.float32)
     everything = {
-        "temperature": torch.ones(3), "top_k": torch.full((3,), 4, dtype=torch.int32), "top_p": torch.full((3,), 0.9),
-        "min_p": torch.full((3,), 0.01), "bias": torch.zeros(3, 33), "ban_ids": torch.tensor([[1, -1]] * 3),
-        "min_lengths": torch.full((3, 2), 9), "active": torch.tensor([True, False, True]),
+        "temperature": torch.ones(3),
+        "top_k": torch.full((3,), 4, dtype=torch.int32),
+        "top_p": torch.full((3,), 0.9),
+        "min_p": torch.full((3,), 0.01),
+        "bias": torch.zeros(3, 33),
+        "ban_ids": torch.tensor([[1, -1]] * 3),
+        "min_lengths": torch.full((3, 2), 9),
+        "active": torch.tensor([True, False, True]),
     }
     keys, half = seeds(3), torch.full((3,), 0.5, dtype=torch.float64)
     check_op(lambda: ops.sample(logits, **keys))

@@ -95,8 +95,14 @@ def test_bias_and_bans(ops):
             bans = torch.tensor([[0, -1], [-1, -1], [1, 1], [2, 0]])
             for chosen in ({"bias": bias}, {"bias": bias[3]}, {"ban_ids": bans}, {"bias": bias, "ban_ids": bans}):
                 check_against_reference(ops, logits, str(chosen.keys()), **chosen)
-                check_against_reference(ops, logits, str(chosen.keys()), top_k=torch.full((4,), 2, dtype=torch.int32),
-                                        temperature=torch.tensor([0.0, 0.5, 1.0, 2.0]), **chosen)
+                check_against_reference(
+                    ops,
+                    logits,
+                    str(chosen.keys()),
+                    top_k=torch.full((4,), 2, dtype=torch.int32),
+                    temperature=torch.tensor([0.0, 0.5, 1.0, 2.0]),
+                    **chosen,
+                )
 
 
 def test_everything_banned(ops):
@@ -107,16 +113,26 @@ def test_everything_banned(ops):
 
 def test_min_lengths_hold_below_their_position(ops):
     logits = torch.zeros(2, 3, 4)
-    probs, status = ops.target_probs(logits, ban_ids=torch.tensor([[0, 1], [2, -1]]),
-                                     min_lengths=torch.tensor([[11, 12], [7, 99]]), offset=torch.tensor([10, 7]))
+    probs, status = ops.target_probs(
+        logits,
+        ban_ids=torch.tensor([[0, 1], [2, -1]]),
+        min_lengths=torch.tensor([[11, 12], [7, 99]]),
+        offset=torch.tensor([10, 7]),
+    )
     third, half = pytest.approx(1 / 3), 0.5
     assert probs[0].tolist() == [[0, 0, half, half], [third, 0, third, third], [0.25] * 4]
     assert probs[1].tolist() == [[0.25] * 4] * 3  # offset 7 is not below 7
     assert (status == 0).all()
     for n in (1, 4):
         random_logits = rows("normal", 2 * n, 33, torch.float64).reshape(2, n, 33)
-        check_against_reference(ops, random_logits, "min_lengths", ban_ids=torch.tensor([[0, 1], [2, 5]]),
-                                min_lengths=torch.tensor([[11, 12], [8, 9]]), offset=torch.tensor([10, 7]))
+        check_against_reference(
+            ops,
+            random_logits,
+            "min_lengths",
+            ban_ids=torch.tensor([[0, 1], [2, 5]]),
+            min_lengths=torch.tensor([[11, 12], [8, 9]]),
+            offset=torch.tensor([10, 7]),
+        )
 
 
 def test_k_then_p_is_not_joint(ops):
@@ -133,9 +149,16 @@ def test_ties_keep_the_lowest_ids(ops, vocab_size):
     """Equal weights sum exactly, so the counts are exact in every dtype; min-p keeps all ties."""
     for dtype in DTYPES:
         flat = torch.full((1, vocab_size), 1.5, dtype=dtype)
-        for filters, kept in (({"top_k": 3}, 3), ({"top_p": 0.5}, vocab_size // 2), ({"top_p": 0.25}, vocab_size // 4),
-                              ({"min_p": 1.0}, vocab_size), ({"temperature": 0.0}, 1), ({"top_p": 1e-7}, 1),
-                              ({"top_p": 0.0}, 1), ({"top_k": vocab_size - 1, "min_p": 1.0}, vocab_size - 1)):
+        for filters, kept in (
+            ({"top_k": 3}, 3),
+            ({"top_p": 0.5}, vocab_size // 2),
+            ({"top_p": 0.25}, vocab_size // 4),
+            ({"min_p": 1.0}, vocab_size),
+            ({"temperature": 0.0}, 1),
+            ({"top_p": 1e-7}, 1),
+            ({"top_p": 0.0}, 1),
+            ({"top_k": vocab_size - 1, "min_p": 1.0}, vocab_size - 1),
+        ):
             probs, _ = ops.target_probs(flat, **filters)
             assert (probs[0] > 0).sum() == kept, filters
             assert (probs[0, :kept] == probs[0, 0]).all(), filters
@@ -173,8 +196,9 @@ def test_views_and_scalars(ops, shape):
     batch = shape[0]
     logits = rows("normal", batch * (shape[1] if len(shape) == 3 else 1), shape[-1], torch.float32).reshape(shape)
     scalars = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
-    tensors = {k: torch.full((batch,), v, dtype=torch.int32 if k == "top_k" else torch.float32)
-               for k, v in scalars.items()}
+    tensors = {
+        k: torch.full((batch,), v, dtype=torch.int32 if k == "top_k" else torch.float32) for k, v in scalars.items()
+    }
     want = ops.target_probs(logits, **tensors)
     assert_same(want, ops.target_probs(logits, **scalars), "scalars")
     for name, view in views(logits):
@@ -214,9 +238,15 @@ def test_offset_needs_min_lengths(ops):
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 33, torch.float32)
     everything = {
-        "temperature": torch.ones(3), "top_k": torch.full((3,), 4, dtype=torch.int32), "top_p": torch.full((3,), 0.9),
-        "min_p": torch.full((3,), 0.01), "bias": torch.zeros(3, 33), "ban_ids": torch.tensor([[1, -1]] * 3),
-        "min_lengths": torch.full((3, 2), 9), "offset": torch.arange(3), "active": torch.tensor([True, False, True]),
+        "temperature": torch.ones(3),
+        "top_k": torch.full((3,), 4, dtype=torch.int32),
+        "top_p": torch.full((3,), 0.9),
+        "min_p": torch.full((3,), 0.01),
+        "bias": torch.zeros(3, 33),
+        "ban_ids": torch.tensor([[1, -1]] * 3),
+        "min_lengths": torch.full((3, 2), 9),
+        "offset": torch.arange(3),
+        "active": torch.tensor([True, False, True]),
     }
     check_op(lambda: ops.target_probs(logits))
     check_op(lambda: ops.target_probs(logits.double()[:, None].expand(3, 2, 33), **everything))

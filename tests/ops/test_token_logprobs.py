@@ -22,8 +22,12 @@ from support import (
 FILTERS = {
     "temperature": {"temperature": torch.tensor([0.7, 1.0, 0.0, 2.0, 0.1])},
     "top_k": {"top_k": torch.tensor([3, 1, 0, 2, 50], dtype=torch.int32)},
-    "all": {"temperature": torch.full((5,), 1.3), "top_k": torch.full((5,), 40, dtype=torch.int32),
-            "top_p": torch.tensor([0.9, 0.5, 1.0, 0.8, 0.2]), "min_p": torch.tensor([0.0, 0.01, 0.1, 0.0, 0.0])},
+    "all": {
+        "temperature": torch.full((5,), 1.3),
+        "top_k": torch.full((5,), 40, dtype=torch.int32),
+        "top_p": torch.tensor([0.9, 0.5, 1.0, 0.8, 0.2]),
+        "min_p": torch.tensor([0.0, 0.01, 0.1, 0.0, 0.0]),
+    },
 }
 
 
@@ -61,8 +65,9 @@ def test_filtered_equals_reference(ops, vocab_size, dtype):
         for name, filters in FILTERS.items():
             for tokens in (random_tokens(vocab_size, (5,), vocab_size), best):
                 got = ops.token_logprobs(logits, tokens, filtered=True, top=7 if vocab_size > 7 else 1, **filters)
-                *want, margin = reference.token_logprobs(logits, tokens, filtered=True,
-                                                         top=7 if vocab_size > 7 else 1, **filters)
+                *want, margin = reference.token_logprobs(
+                    logits, tokens, filtered=True, top=7 if vocab_size > 7 else 1, **filters
+                )
                 clear = torch.from_numpy(margin > 1e-5)
                 skipped += int((~clear).sum())
                 rows_clear = clear.numpy()
@@ -72,8 +77,10 @@ def test_filtered_equals_reference(ops, vocab_size, dtype):
                 temperature = filters.get("temperature", torch.ones(5))
                 work = logits.to(compute_dtype(dtype)) / torch.where(temperature > 0, temperature, 1)[:, None]
                 plain = torch.log_softmax(work.masked_fill(torch.from_numpy(probs <= 0), -torch.inf), -1)
-                for value, exact, at in ((got[0][:, None], want[0][:, None], tokens[:, None]),
-                                         (got[2], want[2], got[1])):
+                for value, exact, at in (
+                    (got[0][:, None], want[0][:, None], tokens[:, None]),
+                    (got[2], want[2], got[1]),
+                ):
                     expression = plain.gather(1, at.clamp(min=0)).masked_fill(at < 0, -torch.inf)
                     expression[exact == 0] = 0  # one kept id
                     assert_as_good_as_torch(value[clear], exact[rows_clear], expression[clear], f"{kind} {name}")
@@ -116,8 +123,15 @@ def test_broken_and_inactive_rows(ops, dtype):
 
 def test_bans_and_positions(ops):
     logits = torch.zeros(1, 2, 4)
-    out = ops.token_logprobs(logits, torch.tensor([[1, 1]]), filtered=True, top=4, ban_ids=torch.tensor([[1]]),
-                             min_lengths=torch.tensor([[6]]), offset=torch.tensor([5]))
+    out = ops.token_logprobs(
+        logits,
+        torch.tensor([[1, 1]]),
+        filtered=True,
+        top=4,
+        ban_ids=torch.tensor([[1]]),
+        min_lengths=torch.tensor([[6]]),
+        offset=torch.tensor([5]),
+    )
     assert out[0][0, 0] == -torch.inf and out[0][0, 1].item() == pytest.approx(np.log(0.25))
     assert out[1].tolist() == [[[0, 2, 3, -1], [0, 1, 2, 3]]]
 
@@ -155,13 +169,22 @@ def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 33, torch.float32)
     tokens = torch.tensor([3, -1, 32])
     everything = {
-        "temperature": torch.ones(3), "top_k": torch.full((3,), 4, dtype=torch.int32), "top_p": torch.full((3,), 0.9),
-        "min_p": torch.full((3,), 0.01), "bias": torch.zeros(3, 33), "ban_ids": torch.tensor([[1, -1]] * 3),
-        "min_lengths": torch.full((3, 2), 9), "offset": torch.arange(3), "active": torch.tensor([True, False, True]),
+        "temperature": torch.ones(3),
+        "top_k": torch.full((3,), 4, dtype=torch.int32),
+        "top_p": torch.full((3,), 0.9),
+        "min_p": torch.full((3,), 0.01),
+        "bias": torch.zeros(3, 33),
+        "ban_ids": torch.tensor([[1, -1]] * 3),
+        "min_lengths": torch.full((3, 2), 9),
+        "offset": torch.arange(3),
+        "active": torch.tensor([True, False, True]),
     }
     check_op(lambda: ops.token_logprobs(logits, tokens))
-    check_op(lambda: ops.token_logprobs(logits.double()[:, None].expand(3, 2, 33), tokens[:, None].repeat(1, 2),
-                                        filtered=True, top=3, **everything))
+    check_op(
+        lambda: ops.token_logprobs(
+            logits.double()[:, None].expand(3, 2, 33), tokens[:, None].repeat(1, 2), filtered=True, top=3, **everything
+        )
+    )
 
 
 @pytest.mark.slow

@@ -22,8 +22,13 @@ def compare(got, want: reference.Verified) -> None:
 @pytest.mark.parametrize("longest", [0, 1, 2, 3])
 def test_every_small_case(ops, longest):
     """All drafts, targets over two tokens and all lengths, -1 .. K + 1 included."""
-    cases = list(itertools.product(itertools.product((0, 1), repeat=longest),
-                                   itertools.product((0, 1), repeat=longest + 1), range(-1, longest + 2)))
+    cases = list(
+        itertools.product(
+            itertools.product((0, 1), repeat=longest),
+            itertools.product((0, 1), repeat=longest + 1),
+            range(-1, longest + 2),
+        )
+    )
     draft = torch.tensor([c[0] for c in cases], dtype=torch.int64).reshape(len(cases), longest)
     target = torch.tensor([c[1] for c in cases])
     lens = torch.tensor([c[2] for c in cases], dtype=torch.int32)
@@ -77,10 +82,15 @@ def test_views(ops):
 
 def test_rows_are_independent(ops, check_rows_independent):
     g = generator(5)
-    check_rows_independent(ops.verify_chain_greedy, {
-        "draft_tokens": torch.randint(2, (300, 9), generator=g), "target_ids": torch.randint(2, (300, 10), generator=g),
-        "draft_lens": torch.randint(10, (300,), generator=g, dtype=torch.int32),
-        "active": torch.rand(300, generator=g) < 0.8})
+    check_rows_independent(
+        ops.verify_chain_greedy,
+        {
+            "draft_tokens": torch.randint(2, (300, 9), generator=g),
+            "target_ids": torch.randint(2, (300, 10), generator=g),
+            "draft_lens": torch.randint(10, (300,), generator=g, dtype=torch.int32),
+            "active": torch.rand(300, generator=g) < 0.8,
+        },
+    )
 
 
 def test_opcheck_and_compile(ops):

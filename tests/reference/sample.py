@@ -132,8 +132,9 @@ def race(scores: np.ndarray, noise: np.ndarray) -> tuple[int, float]:
     return int(alive[winner]), float(keys[winner] - rest.max()) if rest.size else np.inf
 
 
-def draw(row: Row, *, uniform: float | None = None, seed: int = 0, offset: int = 0, stream: int = rng.TOKEN,
-         node: int = 0) -> tuple[int, float]:
+def draw(
+    row: Row, *, uniform: float | None = None, seed: int = 0, offset: int = 0, stream: int = rng.TOKEN, node: int = 0
+) -> tuple[int, float]:
     """Token of one row and the margin of the decision: by inverse CDF from a uniform, else by the seeded race."""
     if row.status:
         return -1, np.inf
@@ -148,8 +149,19 @@ def draw(row: Row, *, uniform: float | None = None, seed: int = 0, offset: int =
 # Whole-tensor forms with the ops' own arguments.
 
 
-def row_filters(b: int, i: int, *, temperature=None, top_k=None, top_p=None, min_p=None, bias=None, ban_ids=None,
-                min_lengths=None, offset=None) -> Filters:
+def row_filters(
+    b: int,
+    i: int,
+    *,
+    temperature=None,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    bias=None,
+    ban_ids=None,
+    min_lengths=None,
+    offset=None,
+) -> Filters:
     """Parameters of request b, row i, from tensors [B] (or None)."""
 
     def pick(value, off):
@@ -186,8 +198,9 @@ def target_probs(logits: Tensor, **filters) -> tuple[np.ndarray, np.ndarray, np.
     return probs, status, margin
 
 
-def sample(logits: Tensor, *, uniforms=None, seed=None, offset=None, stream: int = 0, node: int = 0,
-           **filters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sample(
+    logits: Tensor, *, uniforms=None, seed=None, offset=None, stream: int = 0, node: int = 0, **filters
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens, status, margin."""
     if filters.get("min_lengths") is not None:
         filters["offset"] = offset

@@ -1,4 +1,4 @@
-"""Verification of draft chains and the commit step, one request at a time (speculative.md sections 2.1 to 2.3)."""
+"""Verification of draft chains and the commit step, one request at a time (Leviathan et al. 2023, Chen et al. 2023)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,14 @@ def row_from_probs(probs: np.ndarray, compute: type) -> Row:
     return Row(probs.astype(REAL), scores, scores.astype(REAL), status, np.inf)
 
 
-def ratio_chain(draft: list[int], row: Callable[[int], tuple[Row, np.ndarray]], draft_row: Callable | None,
-                random: Randomness, compute: type, emit_bonus: bool = True) -> Result:
+def ratio_chain(
+    draft: list[int],
+    row: Callable[[int], tuple[Row, np.ndarray]],
+    draft_row: Callable | None,
+    random: Randomness,
+    compute: type,
+    emit_bonus: bool = True,
+) -> Result:
     """Leviathan et al. 2023, Alg. 1: accept draft x of row i iff u q(x) < p(x), else draw from norm((p - q)+).
 
     row(i) gives the target row and its probabilities, draft_row(i) the drafter's probabilities; both are called
@@ -103,8 +109,9 @@ def ratio_chain(draft: list[int], row: Callable[[int], tuple[Row, np.ndarray]], 
     return Result([*tokens, token], len(draft), status, min(margin, lead, target.margin))
 
 
-def coupled_chain(draft: list[int], row: Callable[[int], tuple[Row, np.ndarray]], random: Randomness,
-                  emit_bonus: bool = True) -> Result:
+def coupled_chain(
+    draft: list[int], row: Callable[[int], tuple[Row, np.ndarray]], random: Randomness, emit_bonus: bool = True
+) -> Result:
     """Sample-and-match: the draw of plain sampling at every row, and the draft only decides how many rows count."""
     tokens: list[int] = []
     status, margin = 0, np.inf
@@ -133,8 +140,9 @@ class Verified:
 def _collect(results: list[Result | None], width: int) -> Verified:
     """Pads; None is an inactive request. A request in error has no tokens and no counts."""
     batch = len(results)
-    out = Verified(np.full((batch, width), -1, np.int64), *(np.zeros(batch, np.int32) for _ in range(3)),
-                   np.full(batch, np.inf))
+    out = Verified(
+        np.full((batch, width), -1, np.int64), *(np.zeros(batch, np.int32) for _ in range(3)), np.full(batch, np.inf)
+    )
     for b, result in enumerate(results):
         if result is None:
             continue
@@ -144,10 +152,21 @@ def _collect(results: list[Result | None], width: int) -> Verified:
     return out
 
 
-def verify_chain(draft_tokens: Tensor, draft_probs: Tensor | None = None, draft_lens: Tensor | None = None, *,
-                 target_logits: Tensor | None = None, target_probs: Tensor | None = None, rule: str = "ratio",
-                 uniforms: Tensor | None = None, seed: Tensor | None = None, offset: Tensor | None = None,
-                 active: Tensor | None = None, emit_bonus: bool = True, **filters) -> Verified:
+def verify_chain(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None = None,
+    draft_lens: Tensor | None = None,
+    *,
+    target_logits: Tensor | None = None,
+    target_probs: Tensor | None = None,
+    rule: str = "ratio",
+    uniforms: Tensor | None = None,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    active: Tensor | None = None,
+    emit_bonus: bool = True,
+    **filters,
+) -> Verified:
     batch, longest = draft_tokens.shape
     source = target_logits if target_logits is not None else target_probs
     compute = sample.compute_dtype(source)
@@ -170,8 +189,11 @@ def verify_chain(draft_tokens: Tensor, draft_probs: Tensor | None = None, draft_
             made = sample.law(values, sample.row_filters(b, i, **parameters), compute)
             return made, made.probs
 
-        random = (Randomness(uniforms=uniforms[b].numpy()) if uniforms is not None
-                  else Randomness(seed=int(seed[b]), offset=int(offset[b])))
+        random = (
+            Randomness(uniforms=uniforms[b].numpy())
+            if uniforms is not None
+            else Randomness(seed=int(seed[b]), offset=int(offset[b]))
+        )
         draft = [int(x) for x in draft_tokens[b, :length]]
         if rule == "coupled":
             results.append(coupled_chain(draft, row, random, emit_bonus))
@@ -181,8 +203,9 @@ def verify_chain(draft_tokens: Tensor, draft_probs: Tensor | None = None, draft_
     return _collect(results, longest + 1)
 
 
-def verify_chain_greedy(draft_tokens: Tensor, target_ids: Tensor, draft_lens: Tensor | None = None, *,
-                        active: Tensor | None = None) -> Verified:
+def verify_chain_greedy(
+    draft_tokens: Tensor, target_ids: Tensor, draft_lens: Tensor | None = None, *, active: Tensor | None = None
+) -> Verified:
     batch, longest = draft_tokens.shape
     results: list[Result | None] = []
     for b in range(batch):
@@ -199,8 +222,15 @@ def verify_chain_greedy(draft_tokens: Tensor, target_ids: Tensor, draft_lens: Te
     return _collect(results, longest + 1)
 
 
-def commit(tokens: Tensor, num_emitted: Tensor, lengths: Tensor, finished: Tensor, *,
-           max_lengths: Tensor | None = None, stop_ids: Tensor | None = None) -> tuple[Tensor, ...]:
+def commit(
+    tokens: Tensor,
+    num_emitted: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    *,
+    max_lengths: Tensor | None = None,
+    stop_ids: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """(num_committed, reason, lengths, finished); reasons: 0 none, 1 stop id, 2 length cap."""
     batch, width = tokens.shape
     lengths, finished = lengths.clone(), finished.clone()
