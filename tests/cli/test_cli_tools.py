@@ -1,0 +1,110 @@
+"""`fastdecode methods`, `fastdecode doctor`, and the choice of threads behind the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastdecode import runtime
+from fastdecode.methods import METHODS
+from fastdecode.models import load_model
+
+
+def test_methods_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "fastdecode", "methods", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+    rows = json.loads(ran.stdout)
+    assert all(list(row) == ["name", "paper", "parts", "guarantee"] for row in rows)
+    assert [row["name"] for row in rows] == list(METHODS)
+    assert [row["guarantee"] for row in rows] == ["exact"] + ["exact (coupled), in law (ratio)"] * 3
+    assert rows[1]["parts"] == list(METHODS["speculative"].parts)
+
+
+def test_the_table_of_methods_has_the_parameters(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    ran = cli("methods")
+    assert ran.code == 0
+    for method in METHODS.values():
+        assert method.name in ran.out
+        assert all(f"{name} = {value}" in ran.out for name, value in method.parameters.items())
+
+
+def test_doctor(cli, shipped, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastdecode.cli.doctor._read_bandwidth", lambda cpus: 12.345)
+    ran = cli("doctor", "--json")
+    report = json.loads(ran.out)
+    assert ran.code == 0 and report["problems"] == []
+    assert set(report) == {
+        "versions",
+        "libraries",
+        "cpu",
+        "threads",
+        "read_bandwidth",
+        "checkpoints",
+        "cuda",
+        "problems",
+        "advice",
+    }
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["cpu"]["level"] == report["cpu"]["levels"][-1]
+    assert report["cpu"]["usable"] == len(os.sched_getaffinity(0))
+    assert report["read_bandwidth"] == {"gb_per_s": 12.3}
+    assert report["checkpoints"] == {"tiny-code": True, "tiny-code-draft": True}
+    assert report["cuda"]["kernels"] == "not built"
+
+    monkeypatch.setattr("fastdecode.cli.doctor.CHECKPOINTS", tmp_path)
+    text = cli("doctor")
+    assert text.code == 1 and "BROKEN" in text.out and "tiny-code-draft is missing" in text.out
+
+    monkeypatch.setattr("fastdecode.cli.doctor._version", lambda package: None)
+    text = cli("doctor")
+    assert text.code == 1 and "rich is not installed: pip install 'fastdecode[cli]'" in text.out
+
+
+def test_bandwidth_is_measured():
+    from fastdecode.cli.doctor import _read_bandwidth
+
+    with runtime.thread_settings() as cpus:
+        assert 0.1 < _read_bandwidth(cpus) < 5000
+
+
+def test_the_fastest_number_of_threads_is_found_and_pinned():
+    cpus = sorted(os.sched_getaffinity(0))
+    with runtime.thread_settings() as usable:
+        assert usable == cpus
+        # sleeps stand for work, so that the answer does not depend on the machine's load
+        fewer = runtime.fastest_threads(lambda: time.sleep(0.002 * torch.get_num_threads()), cpus=usable, seconds=0.01)
+        assert fewer == torch.get_num_threads() == 1
+        assert os.sched_getaffinity(0) == {cpus[0]}
+        more = runtime.fastest_threads(lambda: time.sleep(0.02 / torch.get_num_threads()), cpus=usable, seconds=0.01)
+        assert more == torch.get_num_threads() == len(cpus)
+    assert os.sched_getaffinity(0) == set(cpus)
+    assert all(os.sched_getaffinity(int(task)) == set(cpus) for task in os.listdir("/proc/self/task"))
+
+
+def test_threads_are_tuned_for_a_model(checkpoints):
+    model, draft = (load_model(checkpoints / name) for name in ("tiny-code", "tiny-code-draft"))
+    with runtime.thread_settings() as cpus:
+        assert 1 <= runtime.tune_threads(model, draft_model=draft, num_drafts=4, cpus=cpus) <= len(cpus)
+        # a round longer than the model's context is cut
+        assert 1 <= runtime.tune_threads(model, num_drafts=500, cpus=cpus) <= len(cpus)
+
+
+def test_the_level_in_use_is_told():
+    for level in runtime.cpu_levels():
+        with runtime.set_cpu_level(level):
+            assert runtime.cpu_level() == level
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "methods", "doctor"])
+def test_help(cli, capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        cli(command, "--help")
+    assert ended.value.code == 0 and "--json" in capsys.readouterr().out
