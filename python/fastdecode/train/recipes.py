@@ -74,7 +74,7 @@ def own_outputs(target: Path, stream: np.ndarray, num_texts: int, seed: int, bat
     from ..models import load_model
     from ..types import Results
 
-    model = load_model(target)
+    model = load_model(target, dtype=torch.bfloat16)
     starts = np.random.default_rng(seed).integers(0, len(stream) - 64, num_texts)
     texts = []
     for first in track(range(0, num_texts, batch), description="tiny-code writes"):
@@ -101,7 +101,7 @@ def train_tiny_code_draft(recipe: Recipe, out: Path) -> None:
     tok, stream, _ = corpus_stream(out)
     written = out / "own-outputs.npy"
     if not written.exists():
-        np.save(written, own_outputs(out / "tiny-code", stream, num_texts=6144, seed=recipe.seed))
+        np.save(written, own_outputs(out / "tiny-code", stream, num_texts=4096, seed=recipe.seed))
     own = np.load(written)
     taken = np.random.default_rng(recipe.seed).integers(0, len(stream) - len(own))
     mixed = np.concatenate([own, stream[taken : taken + len(own)]])
