@@ -16,7 +16,8 @@ import torch
 
 from .generation import CHECKPOINTS, generate, splitmix64
 from .methods import METHODS, Method, find_method
-from .models import Model, load_model
+from .models import Model, NativeConfig, load_model
+from .models.checkpoint import read_configs
 from .runtime import fastest_threads, pin_threads, thread_settings, tune_threads
 from .types import Results
 
@@ -132,6 +133,9 @@ def compare(
     folder = CHECKPOINTS / "tiny-code" if model is None else Path(model)
     drafter = CHECKPOINTS / "tiny-code-draft" if model is None and draft_model is None else draft_model
     chosen = _choose(methods, has_draft=drafter is not None)
+    limit = NativeConfig.from_hf(*read_configs(folder)).model.max_context
+    if (longest := max(map(len, prompts))) >= limit:
+        raise ValueError(f"compare: prompts: expected fewer than {limit} tokens (max_context), got {longest}")
     seeds = [splitmix64(0, index) for index in range(len(prompts))]
     work = _Work(
         groups=[[list(ids) for ids in prompts[i : i + batch]] for i in range(0, len(prompts), batch)],

@@ -161,7 +161,8 @@ ERRORS = [
     (("compare", "--prompts", "{here}/empty.json"), "expected texts in"),
     (("compare", "--num-prompts", "0"), "--num-prompts: expected at least 1, got 0"),
     (("compare", "--batch", "0"), "batch: expected at least 1, got 0"),
-    (("compare", "--threads", "0"), "num_threads: expected 1.."),
+    (("compare", "--prompts", "{here}/long.txt"), "prompts: expected fewer than 96 tokens (max_context), got 99"),
+    (("compare", "--prompts", "{here}/short.txt", "--threads", "0"), "num_threads: expected 1.."),
     (("compare", "--out", "{here}/nowhere/x.json"), "--out: no folder"),
     (("encode",), "invalid choice: 'encode'"),
     ((), "the following arguments are required: COMMAND"),
@@ -171,6 +172,8 @@ ERRORS = [
 @pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(e[0])[:40] for e in ERRORS])
 def test_a_mistake_is_told_in_one_line(cli, shipped, tmp_path, arguments, message):
     (tmp_path / "text.json").write_text("no json")
+    (tmp_path / "short.txt").write_text("import os")
+    (tmp_path / "long.txt").write_text("a" * 99)
     (tmp_path / "empty.json").write_text('["a", ""]')
     ran = cli(*(argument.format(here=tmp_path, checkpoints=shipped) for argument in arguments))
     assert ran.code == 2 and ran.out == ""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -98,39 +97,41 @@ def _prompts(path: str | None, most: int | None) -> list[str]:
 
 
 @contextmanager
-def _status() -> Iterator[Any]:
-    """A line on a terminal's stderr that says what is being done."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
-        yield lambda text: None
-        return
-    from rich.console import Console
+def _status() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that says what is being done. It does not move: a spinner would be timed too."""
+    shown = sys.stderr.isatty()
 
-    with Console(stderr=True).status("starting") as status:
-        yield status.update
+    def write(text: str) -> None:
+        if shown:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield write
+    finally:
+        write("")
 
 
 def _show(rows: list[Row], num_prompts: int) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    plain = rows[0].tokens_per_s
-    table = Table(box=SIMPLE_HEAD, caption=f"{num_prompts} prompts; [..] is the 10th to the 90th percentile")
-    for name in ("method", "guarantee", "same as plain"):
-        table.add_column(name, no_wrap=name == "method")
-    for name in ("tokens/pass", "passes", "tokens/s", "x plain", "distinct 4-grams"):
-        table.add_column(name, justify="right", no_wrap=name == "tokens/s")
+    table = Table(box=None, padding=(0, 1, 0, 0), caption=f"prompts: {num_prompts}; spread: 10th to 90th percentile")
+    table.add_column("method", overflow="fold")  # the one that gives way on a narrow terminal
+    for name in ("guarantee", "same as\nplain"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens\n/pass", "passes", "tokens\n/s", "spread", "x plain", "distinct\n4-grams"):
+        table.add_column(name, no_wrap=True, justify="right")
     same = {True: "yes", False: "NO", None: "-"}
     for row in rows:
-        low, high = row.spread
         table.add_row(
             row.method,
             row.guarantee,
             same[row.same_as_plain],
             f"{row.tokens_per_pass:.2f}",
             str(row.passes),
-            f"{row.tokens_per_s:.0f} \\[{low:.0f}..{high:.0f}]",
-            f"{row.tokens_per_s / plain:.2f}",
+            f"{row.tokens_per_s:.0f}",
+            "..".join(f"{bound:.0f}" for bound in row.spread),
+            f"{row.tokens_per_s / rows[0].tokens_per_s:.2f}",
             f"{row.distinct_4gram:.2f}",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
