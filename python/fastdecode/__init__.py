@@ -1,4 +1,4 @@
-"""Fast decoding of language models: kernels as `torch.ops.fastdecode.*`, and decoding systems as compositions of them."""
+"""Fast decoding of language models: kernels as `torch.ops.fastdecode.*`, decoding systems as compositions of them."""
 
 from . import _lib
 
@@ -6,10 +6,11 @@ _lib.load()
 
 from . import ops  # noqa: E402
 from ._host import FinishReason, Rule, Status, Stream  # noqa: E402
-from .drafters import Drafter  # noqa: E402
+from .drafters import Context, Drafter, PromptLookup, SmallModel  # noqa: E402
 from .generation import generate, splitmix64, stream  # noqa: E402
-from .methods import METHODS, Method  # noqa: E402
+from .methods import METHODS, Method, find_method  # noqa: E402
 from .models import load_model  # noqa: E402
+from .policies import ConfidenceStop, FixedLength, Policy  # noqa: E402
 from .runtime import cpu_levels, pin_threads, set_cpu_level  # noqa: E402
 from .types import Chunk, Draft, Result, Results, SamplingParams, Statistics  # noqa: E402
 
@@ -18,18 +19,25 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Chunk",
+    "ConfidenceStop",
+    "Context",
     "Draft",
     "Drafter",
     "FinishReason",
+    "FixedLength",
     "Method",
+    "Policy",
+    "PromptLookup",
     "Result",
     "Results",
     "Rule",
     "SamplingParams",
+    "SmallModel",
     "Statistics",
     "Status",
     "Stream",
     "cpu_levels",
+    "find_method",
     "generate",
     "load_model",
     "ops",

@@ -41,6 +41,6 @@ class NgramIndex:
         """Append tokens, int64 [n], contiguous."""
 
     def propose(self, k: int) -> npt.NDArray[np.int64]:
-        """What followed the most recent earlier occurrence of the longest repeated suffix: int64 [k], or [0] if none."""
+        """What followed the last earlier occurrence of the longest repeated suffix: int64 [k], or [0] if none."""
 
     def __len__(self) -> int: ...

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,9 +209,8 @@ def _variants(work: _Work, chosen: Sequence[Method]) -> Iterator[tuple[str, str,
 
 
 def _load(folder: Path, draft_folder: Folder | None, dtype: torch.dtype) -> tuple[Model, Model | None]:
-    # cast: NativeModel.forward takes only the caches it makes itself, which is all a loop ever gives it
-    target = cast(Model, load_model(folder, dtype=dtype))
-    return target, None if draft_folder is None else cast(Model, load_model(draft_folder, dtype=dtype))
+    target = load_model(folder, dtype=dtype)
+    return target, None if draft_folder is None else load_model(draft_folder, dtype=dtype)
 
 
 def _decode(

@@ -134,9 +134,3 @@ def test_completions_are_cut_at_the_first_dedent():
     assert text == "def f(self):\n    return 1\n\n"
     assert evaluate.parses(text) and not evaluate.parses("def f(self):\n")
     assert prompts.function_text(prompt, " return 2\nx = 1") == "def f(self): return 2\n"
-
-
-def test_distinct_ngrams():
-    assert evaluate.distinct_ngrams(list(range(10))) == 1
-    assert evaluate.distinct_ngrams([1] * 10) == 1 / 7
-    assert evaluate.distinct_ngrams([1, 2]) == 1

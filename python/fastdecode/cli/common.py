@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -57,8 +57,7 @@ def model_folder(path: str | None, shipped: str = "tiny-code") -> Path:
 
 def read_model(folder: Path, dtype: str) -> Model:
     """The model in a folder."""
-    # cast: its forward takes only the caches it makes itself, which is all a loop ever gives it
-    return cast(Model, load_model(folder, dtype=DTYPES[dtype]))
+    return load_model(folder, dtype=DTYPES[dtype])
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

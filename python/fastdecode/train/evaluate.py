@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .. import generate
+from ..compare import distinct_ngrams
 from ..models import load_model
 from ..types import Results
 from . import checkpoint, prompts
@@ -25,12 +26,6 @@ def parses(source: str) -> bool:
     except (SyntaxError, ValueError):
         return False
     return True
-
-
-def distinct_ngrams(tokens: list[int], n: int = 4) -> float:
-    """Different n-grams over all n-grams; 1 for texts shorter than n."""
-    grams = list(zip(*(tokens[i:] for i in range(n))))
-    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def evaluate(folder: Path, max_new_tokens: int = 200) -> dict[str, Any]:
