@@ -117,6 +117,16 @@ def test_stop_strings_across_tokens(length, stop, tokens, text, found):
     assert len(late.tokens) == 10
 
 
+@pytest.mark.parametrize("stop", [["cd"], ["cd", "zzzzzzzzzz"], ["zzzzzzzzzz", "cd"]])
+def test_a_stop_string_completed_too_early_never_ends_the_request(stop):
+    """Also beside a longer string, which is searched for further back."""
+    for length in (1, 8):
+        late = run([0], length, tokenizer=LETTERS, stop=stop, max_new_tokens=10, min_new_tokens=6)
+        assert (len(late.tokens), late.text, late.stop) == (10, "babcbcd exyz", None)
+        in_time = run([0], length, tokenizer=LETTERS, stop=stop, max_new_tokens=10, min_new_tokens=5)
+        assert (len(in_time.tokens), in_time.text, in_time.stop) == (5, "babcb", "cd")
+
+
 @pytest.mark.parametrize("stop", [None, "bcbc", ["d ", "xyz!"], "zz", "yz!"])
 @pytest.mark.parametrize("method", ["plain", "prompt-lookup"])
 def test_streamed_pieces_are_the_result(stop, method):

@@ -20,7 +20,6 @@ class TextStream:
         self._decoder = tokenizer.stream()
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
-        self._longest = max(map(len, self._stop), default=0)
         self._num_tokens = 0
         self._text = ""
         self._shown = 0
@@ -37,11 +36,16 @@ class TextStream:
             return len(ids), None
         for count, token in enumerate(ids, start=1):
             self._num_tokens += 1
-            searched = max(0, len(self._text) - self._longest + 1)
+            old = len(self._text)
             self._text += self._decoder.push(token)
             if self._num_tokens < self._min_tokens:
                 continue
-            found = [(at, string) for string in self._stop if (at := self._text.find(string, searched)) >= 0]
+            # only what this token completes: an occurrence that lies before it was forbidden to end the request
+            found = [
+                (at, string)
+                for string in self._stop
+                if (at := self._text.find(string, max(0, old - len(string) + 1))) >= 0
+            ]
             if found:
                 at, string = min(found)
                 self._text = self._text[:at]
