@@ -82,6 +82,8 @@ DType check_rows(const char* op, const char* name, const Tensor& t, int64_t low,
   check_dims(op, name, t, low, high);
   check_last_contiguous(op, name, t);
   FD_CHECK_ARG(t.size(t.dim() - 1) > 0, op, ": ", name, ": expected a vocabulary of at least 1, got ", shape_text(t));
+  FD_CHECK_ARG(t.size(t.dim() - 1) <= kMaxVocabSize, op, ": ", name, ": expected a vocabulary of at most ",
+               kMaxVocabSize, ", got ", shape_text(t));
   switch (t.scalar_type()) {
     case ScalarType::Double: return DType::kFloat64;
     case ScalarType::Float: return DType::kFloat32;

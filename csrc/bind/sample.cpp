@@ -82,6 +82,8 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const OptionalTensor& te
   check_optional(op, "active", active, {r.batch}, ScalarType::Bool, logits);
   FD_CHECK_ARG(stream >= 0 && stream < 256, op, ": stream: expected 0..255, got ", stream);
   FD_CHECK_ARG(node >= 0 && node < 1 << 24, op, ": node: expected 0..", (1 << 24) - 1, ", got ", node);
+  FD_CHECK_ARG(seed || (stream == 0 && node == 0), op, ": stream, node: expected 0 beside uniforms, got ", stream,
+               " and ", node);
   Tensor tokens = r.per_row(logits, ScalarType::Long);
   Tensor status = r.per_row(logits, ScalarType::Int);
   Launch launch(logits);

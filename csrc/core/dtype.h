@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <stdexcept>
-#include <string>
 
 #include "core/bits.h"
 #include "core/cpu_level.h"
@@ -56,7 +55,7 @@ void dispatch_logits(DType dtype, Visitor&& visit) {
     case DType::kFloat16: return visit(Tag<Half>{});
     case DType::kBFloat16: return visit(Tag<BFloat16>{});
   }
-  throw std::invalid_argument("dispatch_logits: unlisted dtype " + std::to_string(static_cast<int>(dtype)));
+  throw std::invalid_argument("dispatch_logits: unlisted dtype");
 }
 
 }  // namespace fastdecode::FD_ISA

@@ -22,6 +22,9 @@ enum Rule : int64_t { kRuleRatio = 0, kRuleCoupled = 1 };
 // Why a request ended, from commit.
 enum FinishReason : int32_t { kFinishNone = 0, kFinishStop = 1, kFinishLength = 2 };
 
+// Ids are counted in 32 bits and masses in 64, 40 of them behind the point (core/filter.h).
+inline constexpr int64_t kMaxVocabSize = int64_t{1} << 23;
+
 // Second word of the Philox counter is stream << 24 | node: who draws.
 enum Stream : int64_t {
   kStreamToken = 0,

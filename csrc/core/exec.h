@@ -16,16 +16,4 @@ struct Exec {
   int32_t cpu_level = 1;                // CPU: instruction-set build to run, 1, 3 or 4 (core/cpu_level.h)
 };
 
-// A pool of one, for C++ programs without a pool.
-inline void serial_for(int64_t count, void (*body)(void*, int64_t), void* context) {
-  for (int64_t i = 0; i < count; ++i) body(context, i);
-}
-
-// for_each(ex, n, [&](int64_t i) { ... }); the body must not throw.
-template <class Body>
-void for_each(const Exec& ex, int64_t count, const Body& body) {
-  auto call = [](void* context, int64_t i) { (*static_cast<const Body*>(context))(i); };
-  ex.parallel_for(count, call, const_cast<void*>(static_cast<const void*>(&body)));
-}
-
 }  // namespace fastdecode

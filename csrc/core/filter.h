@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "core/dtype.h"
@@ -19,7 +20,7 @@ namespace fastdecode {
 
 // Per-request parameters as the caller passed them; nullptr = off.
 struct FilterArgs {
-  const float* temperature = nullptr;    // [batch]; <= 0 is greedy
+  const float* temperature = nullptr;    // [batch]; <= 0 or NaN is greedy
   const int32_t* top_k = nullptr;        // [batch]; <= 0 or >= vocab_size: off
   const float* top_p = nullptr;          // [batch]; >= 1: off; <= 0 keeps the most likely id
   const float* min_p = nullptr;          // [batch]; <= 0: off
@@ -85,7 +86,6 @@ struct RowLaw {
   int64_t num_kept = 0;
   double sum = 0;  // of weight, in the order of tiles.h
   C inverse_sum = 0;
-  C max = 0;  // largest logit after bias and bans
 };
 
 namespace detail {
@@ -193,10 +193,10 @@ RowLaw<C> row_law(const T* logits, int64_t vocab_size, const RowFilter& f, const
   C max = -kInf<C>;
   for (int64_t v = 0; v < vocab_size; ++v) max = x[v] > max ? x[v] : max;
   if (!(max > -kInf<C>)) return law.status = kStatusNoMass, law;
-  law.max = max;
 
   const bool greedy = !(f.temperature > 0.0f);
-  const C temperature = greedy ? C(1) : static_cast<C>(f.temperature);
+  // an infinite one would turn the distance of a forbidden id, inf, into NaN
+  const C temperature = greedy ? C(1) : static_cast<C>(std::min(f.temperature, std::numeric_limits<float>::max()));
   for (int64_t v = 0; v < vocab_size; ++v) x[v] = (max - x[v]) / temperature;
 
   const int64_t top_k = greedy ? 1 : f.top_k;

@@ -7,7 +7,7 @@
 #include "core/cpu_level.h"
 #include "core/exec.h"
 
-namespace fastdecode {
+namespace fastdecode::FD_ISA {
 
 // Fewer elements than this are not worth waking a thread for: it costs some microseconds, and milliseconds where
 // threads that spin share a core.
@@ -19,10 +19,6 @@ inline int64_t num_slots(int64_t rows, int64_t elements, const Exec& ex) {
   return std::max<int64_t>(1, std::min({rows, worth, int64_t{ex.num_threads}}));
 }
 
-}  // namespace fastdecode
-
-namespace fastdecode::FD_ISA {
-
 // body(row, buffer) for every row; `buffer` is the slot's `bytes` of `scratch`. Results must not depend on the slot.
 template <class Body>
 void for_each_row(const Exec& ex, int64_t rows, int64_t elements, void* scratch, int64_t bytes, const Body& body) {
@@ -32,7 +28,8 @@ void for_each_row(const Exec& ex, int64_t rows, int64_t elements, void* scratch,
     for (int64_t row = slot; row < rows; row += slots) body(row, buffer);
   };
   if (slots == 1) return run_slot(0);
-  for_each(ex, slots, run_slot);
+  auto call = [](void* context, int64_t slot) { (*static_cast<decltype(run_slot)*>(context))(slot); };
+  ex.parallel_for(slots, call, &run_slot);
 }
 
 }  // namespace fastdecode::FD_ISA

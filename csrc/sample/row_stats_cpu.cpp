@@ -119,7 +119,8 @@ void row_stats(const RowStatsArgs& a, const Exec& ex) {
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::row_stats_scratch_bytes(const RowStatsArgs& a, const Exec& ex) {
   using fastdecode::FD_ISA::kTile;
-  return num_slots(a.batch * a.rows, a.vocab_size, ex) * ((a.vocab_size + kTile - 1) / kTile) * 24;
+  return FD_ISA::num_slots(a.batch * a.rows, a.vocab_size, ex) * ((a.vocab_size + kTile - 1) / kTile) *
+         static_cast<int64_t>(sizeof(FD_ISA::TileStats));
 }
 #endif
 FD_CPU_OP(row_stats, RowStatsArgs)

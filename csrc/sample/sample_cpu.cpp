@@ -36,7 +36,8 @@ void sample(const SampleArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::sample_scratch_bytes(const SampleArgs& a, const Exec& ex) {
-  return num_slots(a.batch, a.vocab_size, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
+  return FD_ISA::num_slots(a.batch, a.vocab_size, ex) *
+         FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif
 FD_CPU_OP(sample, SampleArgs)

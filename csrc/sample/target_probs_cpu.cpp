@@ -34,7 +34,7 @@ void target_probs(const TargetProbsArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::target_probs_scratch_bytes(const TargetProbsArgs& a, const Exec& ex) {
-  return num_slots(a.batch * a.rows, a.vocab_size, ex) *
+  return FD_ISA::num_slots(a.batch * a.rows, a.vocab_size, ex) *
          FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif

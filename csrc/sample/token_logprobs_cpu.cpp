@@ -52,6 +52,7 @@ void run(const TokenLogprobsArgs& a, const Exec& ex) {
     if (token >= 0 && token < V) {
       *logprob = logprob_of(token);
     } else if (token != -1) {
+      *logprob = -kInf<C>;
       a.status[r] |= kStatusUnmappedDraft;
     }
     if (a.top == 0) return;
@@ -73,7 +74,7 @@ void token_logprobs(const TokenLogprobsArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::token_logprobs_scratch_bytes(const TokenLogprobsArgs& a, const Exec& ex) {
-  return num_slots(a.batch * a.rows, a.vocab_size, ex) *
+  return FD_ISA::num_slots(a.batch * a.rows, a.vocab_size, ex) *
          FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif

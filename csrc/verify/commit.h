@@ -14,7 +14,7 @@ struct CommitArgs {
   const int32_t* num_emitted;  // [batch]; outside 0..K1 counts as 0
   int32_t* lengths;            // [batch], advanced by num_committed
   bool* finished;              // [batch], set where the request ended; rows that are set already stay as they are
-  const int32_t* max_lengths;  // [batch]; nullptr = no cap
+  const int32_t* max_lengths;  // [batch]; nullptr = 2^31 - 1
   const int64_t* stop_ids;     // [batch, num_stops], padded with -1; nullptr = none
   int32_t* num_committed;      // [batch], written; includes the stop id itself
   int32_t* reason;             // [batch], written: FinishReason; kFinishStop wins where both hold

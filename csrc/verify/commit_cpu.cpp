@@ -1,6 +1,7 @@
 #include "verify/commit.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/cpu_level.h"
 
@@ -14,8 +15,9 @@ void commit(const CommitArgs& a, const Exec&) {
     const int64_t* stops = a.stop_ids ? a.stop_ids + b * a.stop_stride : nullptr;
     int64_t available = a.num_emitted[b];
     if (available < 0 || available > a.K1) available = 0;
-    // 64 bits: a request at length 2^31 - 1 must not wrap.
-    const int64_t room = a.max_lengths ? std::max<int64_t>(0, int64_t{a.max_lengths[b]} - a.lengths[b]) : available;
+    // In 64 bits, and capped where lengths end, so that a request at 2^31 - 1 does not wrap.
+    const int64_t cap = a.max_lengths ? a.max_lengths[b] : std::numeric_limits<int32_t>::max();
+    const int64_t room = std::max<int64_t>(0, cap - a.lengths[b]);
     const int64_t limit = std::min(available, room);
     int64_t n = 0;
     int32_t reason = kFinishNone;
@@ -24,7 +26,7 @@ void commit(const CommitArgs& a, const Exec&) {
       for (int64_t s = 0; s < a.num_stops && stops; ++s)
         if (stops[s] >= 0 && stops[s] == token) reason = kFinishStop;
     }
-    if (reason == kFinishNone && a.max_lengths && n == room) reason = kFinishLength;
+    if (reason == kFinishNone && n == room) reason = kFinishLength;
     a.lengths[b] = static_cast<int32_t>(a.lengths[b] + n);
     a.num_committed[b] = static_cast<int32_t>(n);
     a.reason[b] = reason;

@@ -1,7 +1,8 @@
 // Speculative verification of a chain of draft tokens against the target law of each row.
-// ratio (Leviathan et al. 2023, Chen et al. 2023): accept draft x with min(1, p(x) / q(x)); at the first rejection draw
-//   from norm((p - q)+), after full acceptance from the next row: the tokens follow the target law. Without draft
-//   probabilities the draft law is one-hot at the drafted token.
+// ratio (Leviathan et al. 2023, Chen et al. 2023): accept draft x with min(1, target(x) / draft(x)); at the first
+// rejection draw
+//   from norm((target - draft)+), after full acceptance from the next row: the tokens follow the target law. Without
+//   draft probabilities the draft law is one-hot at the drafted token.
 // coupled: `sample` of every row at its own position, then greedy match: the tokens are those of plain sampling with
 //   the same seed, whatever the drafts are.
 // Row i of the target predicts the token after draft i - 1 (row 0: after the last committed token). Rows after the

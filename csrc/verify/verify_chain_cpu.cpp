@@ -53,16 +53,16 @@ class Request {
     for (int64_t i = 0; i < len; ++i) {
       if (!a.target_is_probs && !load_law(i)) return;
       const int64_t x = draft(i);
-      double p = 0, q = 1;
+      double target_p = 0, draft_p = 1;
       if (outside(x)) {
         status |= kStatusUnmappedDraft;
       } else {
-        p = target_prob(i, x);
-        if (a.draft_probs) q = load(draft_row(i)[x]);
-        if (std::isnan(p) || std::isnan(q)) return fail(kStatusNaN);
-        if (!(q > 0)) status |= kStatusZeroDraftProb;
+        target_p = target_prob(i, x);
+        if (a.draft_probs) draft_p = load(draft_row(i)[x]);
+        if (!(target_p < kInf<double>) || !(draft_p < kInf<double>)) return fail(kStatusNaN);
+        if (!(draft_p > 0)) status |= kStatusZeroDraftProb;
       }
-      if (q > 0 && acceptance(i) * q < p) {
+      if (draft_p > 0 && acceptance(i) * draft_p < target_p) {
         emit(x);
         ++num_accepted;
       } else {
@@ -72,16 +72,16 @@ class Request {
     if (a.emit_bonus) emit_bonus(len);
   }
 
-  // One token from norm((p - q)+) of row i, whose draft x was rejected.
+  // One token from norm((target - draft)+) of row i, whose draft x was rejected.
   void emit_residual(int64_t i, int64_t x) {
     const bool dense = a.draft_probs != nullptr;
-    const Q* q = dense ? draft_row(i) : nullptr;
+    const Q* draft_law = dense ? draft_row(i) : nullptr;
     int bad = 0;
     for (int64_t v = 0; v < V; ++v) {
-      const C p_v = static_cast<C>(target_prob(i, v));
-      const C q_v = dense ? load(q[v]) : C(0);
-      bad |= !(p_v < kInf<C>) | !(q_v < kInf<C>);
-      const C t = p_v - q_v;
+      const C target_v = static_cast<C>(target_prob(i, v));
+      const C draft_v = dense ? load(draft_law[v]) : C(0);
+      bad |= !(target_v < kInf<C>) | !(draft_v < kInf<C>);
+      const C t = target_v - draft_v;
       s.weight[v] = t > C(0) ? t : C(0);
     }
     if (bad) return fail(kStatusNaN);
@@ -189,7 +189,7 @@ void verify_chain(const VerifyChainArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec& ex) {
-  return num_slots(a.batch, (a.K + 1) * a.vocab_size, ex) *
+  return FD_ISA::num_slots(a.batch, (a.K + 1) * a.vocab_size, ex) *
          FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
 }
 #endif

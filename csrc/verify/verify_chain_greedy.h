@@ -12,14 +12,15 @@
 namespace fastdecode {
 
 struct VerifyChainGreedyArgs {
-  const int64_t* draft_tokens;          // [batch, K]
+  const int64_t* draft_tokens;  // [batch, K]
+  // A row without an argmax holds -1: the request that comes to it ends in error.
   const int64_t* target_ids;            // [batch, K + 1], argmax of the target at the root and after each draft token
   const int32_t* draft_lens;            // [batch], 0..K; nullptr = all K
   const bool* active;                   // [batch]; nullptr = all
   int64_t* tokens;                      // [batch, K + 1], written, contiguous, padded with -1
   int32_t* num_accepted;                // [batch], written
   int32_t* num_emitted;                 // [batch], written: num_accepted + 1; 0 where inactive or in error
-  int32_t* status;                      // [batch], written: 32 = length outside 0..K
+  int32_t* status;                      // [batch], written: 2 = came to a target id below 0, 32 = length outside 0..K
   int64_t batch, K;                     // either may be 0
   int64_t draft_stride, target_stride;  // elements between rows; last dim contiguous; 0 allowed
 };

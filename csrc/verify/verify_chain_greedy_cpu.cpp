@@ -21,7 +21,11 @@ void verify_chain_greedy(const VerifyChainGreedyArgs& a, const Exec&) {
     const int64_t* draft = a.draft_tokens + b * a.draft_stride;
     const int64_t* target = a.target_ids + b * a.target_stride;
     int32_t n = 0;
-    while (n < len && draft[n] == target[n]) ++n;
+    while (n < len && target[n] >= 0 && draft[n] == target[n]) ++n;
+    if (target[n] < 0) {  // the row had no argmax
+      a.status[b] = kStatusNoMass;
+      continue;
+    }
     std::copy(target, target + n + 1, tokens);
     a.num_accepted[b] = n;
     a.num_emitted[b] = n + 1;

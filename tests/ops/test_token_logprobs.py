@@ -101,7 +101,8 @@ def test_padding_and_foreign_tokens(ops):
     tokens = torch.tensor([[0, -1, 8], [-1, -1, -1], [9, 3, -2], [2**40, -(2**62), 1]])
     logprobs, ids, _, status = ops.token_logprobs(logits, tokens, top=2)
     assert status.tolist() == [[0, 0, 0], [0, 0, 0], [4, 0, 4], [4, 4, 0]]
-    assert (logprobs == 0).tolist() == [[False, True, False], [True] * 3, [True, False, True], [True, True, False]]
+    assert (logprobs == 0).tolist() == [[False, True, False], [True] * 3, [False] * 3, [False] * 3]
+    assert (logprobs == -torch.inf).tolist() == [[False] * 3, [False] * 3, [True, False, True], [True, True, False]]
     assert (ids[:, :1] >= 0).all()
     assert ops.token_logprobs(logits, tokens)[1].shape == (4, 3, 0)
 

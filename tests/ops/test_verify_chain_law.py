@@ -185,7 +185,7 @@ def mutant_error(namespace: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replace", ["p_v - q_v", "p_v + q_v"], ids=["unchanged", "p + q"])
+@pytest.mark.parametrize("replace", ["target_v - draft_v", "target_v + draft_v"], ids=["unchanged", "p + q"])
 def test_one_character_mutation_of_the_kernel_is_found(tmp_path, replace):
     """Builds the library again with one character of the residual changed: the law must be visibly wrong."""
     for name in ("CMakeLists.txt", "csrc", "python"):
@@ -193,7 +193,7 @@ def test_one_character_mutation_of_the_kernel_is_found(tmp_path, replace):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     kernel = tmp_path / "csrc" / "verify" / "verify_chain_cpu.cpp"
     text = kernel.read_text()
-    find = "p_v - q_v"
+    find = "target_v - draft_v"
     assert text.count(find) >= 1, "the residual is written differently now: point this test at it"
     kernel.write_text(text.replace(find, replace))
     namespace = "fastdecode_mutant"
@@ -216,7 +216,7 @@ def test_one_character_mutation_of_the_kernel_is_found(tmp_path, replace):
     code = (
         f"import sys, torch; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'tests' / 'ops')!r}]\n"
         f"import fastdecode; torch.ops.load_library({str(library)!r})\n"
-        f"import test_verify_chain; print(test_verify_chain.mutant_error({namespace!r}))"
+        f"import test_verify_chain_law as m; print(m.mutant_error({namespace!r}))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],

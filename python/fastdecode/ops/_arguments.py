@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FILTER_DOC = """
-        temperature: float32 [B]; <= 0 is greedy, ties to the lowest id. None means 1.
+        temperature: float32 [B]; <= 0 or NaN is greedy, ties to the lowest id. None means 1.
         top_k: int32 [B]; keeps the k most likely ids, ties at the threshold by lowest id; <= 0 or >= V is off.
         top_p: float32 [B]; keeps the most likely ids up to and with the one that crosses top_p; >= 1 is off.
         min_p: float32 [B]; keeps ids with probability >= min_p times the largest, all ties; <= 0 is off.
@@ -15,21 +15,47 @@ FILTER_DOC = """
         min_lengths: int64 [B, S] or [S]: ban_ids[b, s] is forbidden only at absolute positions below this."""
 
 
-def per_request(value: Tensor | float | int | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A scalar becomes [B] on the device of `like` (whose first dimension is B); tensors and None pass."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+def per_request(
+    op: str, name: str, value: Tensor | float | int | None, like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """A scalar becomes [B] on the device of `like`, whose first dimension is B; a strided [B] is copied; None passes.
+
+    Integers are taken modulo 2^64, so that a seed may be given as signed or unsigned.
+    Raises:
+        ValueError: a value that is no number of this dtype.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.contiguous() if value.dim() == 1 else value
+    if like.dim() == 0:
+        raise ValueError(f"{op}: expected requests along the first dimension, got a tensor without dimensions")
+    if dtype == torch.int64:
+        value = (int(value) + 2**63) % 2**64 - 2**63
+    try:
+        return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{op}: {name}: expected a {dtype} number or tensor, got {value!r}") from error
 
 
-def per_request_rows(value: Tensor | None, like: Tensor) -> Tensor | None:
+def per_request_rows(op: str, name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
     """A row shared by all requests becomes [B, S], without a copy."""
-    if value is None or value.dim() != 1:
-        return value
-    return value.unsqueeze(0).expand(like.shape[0], -1)
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {name}: expected a tensor, got {value!r}")
+    return value.unsqueeze(0).expand(like.shape[0], -1) if value.dim() == 1 and like.dim() else value
+
+
+def check_devices(op: str, like: Tensor, **others: Tensor | None) -> None:
+    """For the fakes: what the adapters of a real device check themselves."""
+    for name, value in others.items():
+        if value is not None and value.device != like.device:
+            raise ValueError(f"{op}: {name}: expected {like.device}, got {value.device}")
 
 
 def filters(
+    op: str,
     logits: Tensor,
     temperature: Tensor | float | None,
     top_k: Tensor | int | None,
@@ -41,13 +67,13 @@ def filters(
 ) -> tuple[Tensor | None, ...]:
     """The seven filter arguments in the order of the schemas."""
     return (
-        per_request(temperature, logits, torch.float32),
-        per_request(top_k, logits, torch.int32),
-        per_request(top_p, logits, torch.float32),
-        per_request(min_p, logits, torch.float32),
-        per_request_rows(bias, logits),
-        per_request_rows(ban_ids, logits),
-        per_request_rows(min_lengths, logits),
+        per_request(op, "temperature", temperature, logits, torch.float32),
+        per_request(op, "top_k", top_k, logits, torch.int32),
+        per_request(op, "top_p", top_p, logits, torch.float32),
+        per_request(op, "min_p", min_p, logits, torch.float32),
+        per_request_rows(op, "bias", bias, logits),
+        per_request_rows(op, "ban_ids", ban_ids, logits),
+        per_request_rows(op, "min_lengths", min_lengths, logits),
     )
 
 

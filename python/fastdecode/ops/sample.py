@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import filters, per_request, value_dtype, with_filter_doc
+from ._arguments import check_devices, filters, per_request, value_dtype, with_filter_doc
 
 
 class RowStats(NamedTuple):
@@ -59,11 +59,13 @@ def row_stats(logits: Tensor, *, active: Tensor | None = None) -> RowStats:
         ValueError: wrong rank, dtype, layout or device.
     Reference: tests/reference/sample.py.
     """
-    return RowStats(*torch.ops.fastdecode.row_stats.default(logits, active))
+    return RowStats(*torch.ops.fastdecode.row_stats.default(logits, _active("row_stats", active, logits)))
 
 
 @torch.library.register_fake("fastdecode::row_stats")
 def _(logits: Tensor, active: Tensor | None) -> tuple[Tensor, ...]:
+    check_devices("row_stats", logits, active=active)
+
     def new(dtype: torch.dtype) -> Tensor:
         return logits.new_empty(logits.shape[:-1], dtype=dtype)
 
@@ -105,15 +107,39 @@ def target_probs(
     return TargetProbs(
         *torch.ops.fastdecode.target_probs.default(
             logits,
-            *filters(logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
-            per_request(offset, logits, torch.int64),
-            active,
+            *filters("target_probs", logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            per_request("target_probs", "offset", offset, logits, torch.int64),
+            _active("target_probs", active, logits),
         )
     )
 
 
 @torch.library.register_fake("fastdecode::target_probs")
-def _(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    bias: Tensor | None,
+    ban_ids: Tensor | None,
+    min_lengths: Tensor | None,
+    offset: Tensor | None,
+    active: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_devices(
+        "target_probs",
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        bias=bias,
+        ban_ids=ban_ids,
+        min_lengths=min_lengths,
+        offset=offset,
+        active=active,
+    )
     probs = logits.new_empty(logits.shape, dtype=value_dtype(logits))
     return probs, logits.new_empty(logits.shape[:-1], dtype=torch.int32)
 
@@ -161,19 +187,49 @@ def sample(
     return Sampled(
         *torch.ops.fastdecode.sample.default(
             logits,
-            *filters(logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
-            uniforms,
-            per_request(seed, logits, torch.int64),
-            per_request(offset, logits, torch.int64),
+            *filters("sample", logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            per_request("sample", "uniforms", uniforms, logits, torch.float64),
+            per_request("sample", "seed", seed, logits, torch.int64),
+            per_request("sample", "offset", offset, logits, torch.int64),
             stream,
             node,
-            active,
+            _active("sample", active, logits),
         )
     )
 
 
 @torch.library.register_fake("fastdecode::sample")
-def _(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    bias: Tensor | None,
+    ban_ids: Tensor | None,
+    min_lengths: Tensor | None,
+    uniforms: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    stream: int,
+    node: int,
+    active: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_devices(
+        "sample",
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        bias=bias,
+        ban_ids=ban_ids,
+        min_lengths=min_lengths,
+        uniforms=uniforms,
+        seed=seed,
+        offset=offset,
+        active=active,
+    )
     batch = logits.shape[:1]
     return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.int32)
 
@@ -207,7 +263,8 @@ def token_logprobs(
         offset: int64 [B]: absolute position of the token that row 0 predicts; only for min_lengths.
         active: bool [B]; requests that are False are not read.
     Returns:
-        logprobs: [B] or [B, n], float32 (float64 for float64 logits), -inf where the law gives 0; top_ids: int64
+        logprobs: [B] or [B, n], float32 (float64 for float64 logits), -inf where the law gives 0 and outside the
+        vocabulary; top_ids: int64
         [..., top], most likely first, ties by id, -1 where fewer are left; top_logprobs beside them, -inf beside -1;
         status: int32, 1 = NaN or +inf in the row, 2 = no id left, 4 = a token outside the vocabulary. Does not
         synchronise.
@@ -215,18 +272,50 @@ def token_logprobs(
         ValueError: wrong rank, shape, dtype, layout or device; filters without filtered=True.
     Reference: tests/reference/sample.py.
     """
-    given = filters(logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths)
+    given = filters("token_logprobs", logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths)
     if not filtered and any(value is not None for value in given):
         raise ValueError("token_logprobs: filtered: expected True beside filters, got False")
     return TokenLogprobs(
         *torch.ops.fastdecode.token_logprobs.default(
-            logits, tokens, top, *given, per_request(offset, logits, torch.int64), active
+            logits,
+            tokens,
+            top,
+            *given,
+            per_request("token_logprobs", "offset", offset, logits, torch.int64),
+            _active("token_logprobs", active, logits),
         )
     )
 
 
 @torch.library.register_fake("fastdecode::token_logprobs")
-def _(logits: Tensor, tokens: Tensor, top: int, *others: object) -> tuple[Tensor, ...]:
+def _(
+    logits: Tensor,
+    tokens: Tensor,
+    top: int,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    bias: Tensor | None,
+    ban_ids: Tensor | None,
+    min_lengths: Tensor | None,
+    offset: Tensor | None,
+    active: Tensor | None,
+) -> tuple[Tensor, ...]:
+    check_devices(
+        "token_logprobs",
+        logits,
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        bias=bias,
+        ban_ids=ban_ids,
+        min_lengths=min_lengths,
+        offset=offset,
+        active=active,
+    )
     rows, value = logits.shape[:-1], value_dtype(logits)
     return (
         logits.new_empty(rows, dtype=value),
@@ -234,3 +323,7 @@ def _(logits: Tensor, tokens: Tensor, top: int, *others: object) -> tuple[Tensor
         logits.new_empty((*rows, top), dtype=value),
         logits.new_empty(rows, dtype=torch.int32),
     )
+
+
+def _active(op: str, active: Tensor | None, logits: Tensor) -> Tensor | None:
+    return per_request(op, "active", active, logits, torch.bool)

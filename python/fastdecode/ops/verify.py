@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._host import Rule
-from ._arguments import filters, per_request, with_filter_doc
+from ._arguments import check_devices, filters, per_request, per_request_rows, with_filter_doc
 
 
 class Verified(NamedTuple):
@@ -34,7 +34,8 @@ def verify_chain_greedy(
 
     Args:
         draft_tokens: proposed tokens, int64 [B, K]; rows may be strided, last dim contiguous; K may be 0.
-        target_ids: target argmax at the root and after each draft token, int64 [B, K + 1], same device.
+        target_ids: target argmax at the root and after each draft token, int64 [B, K + 1], same device; a request that
+            comes to a row without one (-1, see row_stats) ends in error.
         draft_lens: drafts in use per request, int32 [B], 0..K; None means K.
         active: bool [B]; requests that are False are not read and emit nothing.
     Returns:
@@ -45,11 +46,19 @@ def verify_chain_greedy(
         ValueError: wrong rank, shape, dtype or device.
     Source: Stern et al. 2018, "verify" substep. Reference: tests/reference/verify.py.
     """
-    return Verified(*torch.ops.fastdecode.verify_chain_greedy.default(draft_tokens, target_ids, draft_lens, active))
+    return Verified(
+        *torch.ops.fastdecode.verify_chain_greedy.default(
+            draft_tokens,
+            target_ids,
+            _counts("verify_chain_greedy", "draft_lens", draft_lens, draft_tokens),
+            per_request("verify_chain_greedy", "active", active, draft_tokens, torch.bool),
+        )
+    )
 
 
 @torch.library.register_fake("fastdecode::verify_chain_greedy")
-def _(draft_tokens: Tensor, target_ids: Tensor, *others: object) -> tuple[Tensor, ...]:
+def _(draft_tokens: Tensor, target_ids: Tensor, draft_lens: Tensor | None, active: Tensor | None) -> tuple[Tensor, ...]:
+    check_devices("verify_chain_greedy", draft_tokens, target_ids=target_ids, draft_lens=draft_lens, active=active)
     return _fake_verified(draft_tokens)
 
 
@@ -77,9 +86,9 @@ def verify_chain(
 ) -> Verified:
     """Verify a chain of draft tokens so that what is emitted follows the target's law.
 
-    rule "ratio": accept draft x with probability min(1, p(x) / q(x)); at the first rejection emit one token from
-    norm((p - q)+), after full acceptance one from the next row. Exact in law if every draft token was drawn from its
-    row of draft_probs; without draft_probs any draft will do.
+    rule "ratio": accept draft x with probability min(1, target(x) / draft(x)); at the first rejection emit one token
+    from norm((target - draft)+), after full acceptance one from the next row. Exact in law if every draft was drawn
+    from its row of draft_probs; without draft_probs any draft will do.
     rule "coupled": emit what `sample` would draw from each row with the same seed, and go on while the draft agrees.
     The tokens are those of plain sampling, whatever the drafts are.
 
@@ -114,22 +123,60 @@ def verify_chain(
         *torch.ops.fastdecode.verify_chain.default(
             draft_tokens,
             draft_probs,
-            draft_lens,
+            _counts("verify_chain", "draft_lens", draft_lens, draft_tokens),
             target_logits,
             target_probs,
             _rule(rule),
-            *filters(draft_tokens, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            *filters("verify_chain", draft_tokens, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
             uniforms,
-            per_request(seed, draft_tokens, torch.int64),
-            per_request(offset, draft_tokens, torch.int64),
-            active,
+            per_request("verify_chain", "seed", seed, draft_tokens, torch.int64),
+            per_request("verify_chain", "offset", offset, draft_tokens, torch.int64),
+            per_request("verify_chain", "active", active, draft_tokens, torch.bool),
             emit_bonus,
         )
     )
 
 
 @torch.library.register_fake("fastdecode::verify_chain")
-def _(draft_tokens: Tensor, *others: object) -> tuple[Tensor, ...]:
+def _(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None,
+    draft_lens: Tensor | None,
+    target_logits: Tensor | None,
+    target_probs: Tensor | None,
+    rule: int,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    bias: Tensor | None,
+    ban_ids: Tensor | None,
+    min_lengths: Tensor | None,
+    uniforms: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    active: Tensor | None,
+    emit_bonus: bool,
+) -> tuple[Tensor, ...]:
+    check_devices(
+        "verify_chain",
+        draft_tokens,
+        draft_probs=draft_probs,
+        draft_lens=draft_lens,
+        target_logits=target_logits,
+        target_probs=target_probs,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        bias=bias,
+        ban_ids=ban_ids,
+        min_lengths=min_lengths,
+        uniforms=uniforms,
+        seed=seed,
+        offset=offset,
+        active=active,
+    )
     return _fake_verified(draft_tokens)
 
 
@@ -147,9 +194,9 @@ def commit(
     Args:
         tokens: int64 [B, K + 1]; rows may be strided, last dim contiguous.
         num_emitted: int32 [B], tokens in use per request; a number outside 0..K + 1 counts as 0.
-        lengths: int32 [B], changed in place: tokens the request has, prompt included.
-        finished: bool [B], changed in place; requests that are True already stay as they are.
-        max_lengths: int32 [B]; None means no cap.
+        lengths: int32 [B], contiguous, changed in place: tokens the request has, prompt included.
+        finished: bool [B], contiguous, changed in place; requests that are True already stay as they are.
+        max_lengths: int32 [B]; None means 2^31 - 1.
         stop_ids: int64 [B, S] or [S], padded with -1; None means none.
     Returns:
         num_committed: int32 [B], the stop id included; reason: int32 [B], a `fastdecode.FinishReason`: 0 goes on,
@@ -158,15 +205,36 @@ def commit(
         ValueError: wrong rank, shape, dtype, layout or device.
     Reference: tests/reference/verify.py.
     """
-    if stop_ids is not None and stop_ids.dim() == 1:
-        stop_ids = stop_ids.unsqueeze(0).expand(tokens.shape[0], -1)
     return Committed(
-        *torch.ops.fastdecode.commit.default(tokens, num_emitted, lengths, finished, max_lengths, stop_ids)
+        *torch.ops.fastdecode.commit.default(
+            tokens,
+            _counts("commit", "num_emitted", num_emitted, tokens),
+            lengths,
+            finished,
+            _counts("commit", "max_lengths", max_lengths, tokens),
+            per_request_rows("commit", "stop_ids", stop_ids, tokens),
+        )
     )
 
 
 @torch.library.register_fake("fastdecode::commit")
-def _(tokens: Tensor, num_emitted: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+def _(
+    tokens: Tensor,
+    num_emitted: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    max_lengths: Tensor | None,
+    stop_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_devices(
+        "commit",
+        tokens,
+        num_emitted=num_emitted,
+        lengths=lengths,
+        finished=finished,
+        max_lengths=max_lengths,
+        stop_ids=stop_ids,
+    )
     return torch.empty_like(num_emitted), torch.empty_like(num_emitted)
 
 
@@ -176,7 +244,13 @@ def _rule(rule: str | int) -> int:
         if rule not in names:
             raise ValueError(f"verify_chain: rule: expected one of {sorted(names)}, got {rule!r}")
         return names[rule]
+    if not isinstance(rule, int):
+        raise ValueError(f"verify_chain: rule: expected a name or a Rule, got {rule!r}")
     return int(rule)
+
+
+def _counts(op: str, name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
+    return per_request(op, name, value, like, torch.int32)
 
 
 def _fake_verified(draft_tokens: Tensor) -> tuple[Tensor, ...]:
