@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
-from . import corpus, evaluate, prompts, recipes
+try:
+    from . import corpus, evaluate, prompts, recipes
+except ModuleNotFoundError as error:
+    raise SystemExit(f"fastdecode.train needs {error.name}: pip install 'fastdecode[cli,viz]'") from None
 
 
 def main() -> None:

@@ -49,8 +49,9 @@ class Shape:
 TINY_CODE = Shape(
     hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2
 )
+# Two layers: one cannot look up what followed an earlier occurrence, which is half of what tiny-code does.
 TINY_CODE_DRAFT = Shape(
-    hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=1
+    hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1
 )
 
 
