@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .methods import Method, find_method
 from .models import Model, load_model
 from .models.tokenizer import Tokenizer
 from .policies import FixedLength, Policy
-from .types import Chunk, Result, Results, SamplingParams
+from .types import Chunk, Result, Results, SamplingParams, is_int, is_number
 
 __all__ = ["generate", "splitmix64", "stream"]
 
@@ -88,7 +89,7 @@ def generate(
         ignore_eos: treat the model's end-of-text ids as ordinary tokens.
         logprobs: report log-probabilities, and those of this many likeliest ids (0: of the generated tokens only).
         tokenizer: for text in and out; None reads the folder's.
-        dtype: of the weights of models read from folders; None is the default of `load_model`.
+        dtype: of the weights of the models that are read from folders; None is the default of `load_model`.
         **parameters: the method's own, see its entry in `fastdecode.METHODS`.
 
         max_new_tokens, min_new_tokens, temperature, top_k, top_p and min_p may be lists with one value per prompt.
@@ -148,12 +149,18 @@ def _prepare(given: Mapping[str, Any], *, with_text: bool) -> _Run:
     """Check the arguments of `generate`, load what they name, and set the loop up; nothing has been decoded yet."""
     method = _method(given["method"])
     parameters = _parameters(method, given)
-    model, folder = _model("model", given["model"], CHECKPOINTS / "tiny-code", given["dtype"])
     prompts, single = _split(given["prompt"])
-    needs_text = any(isinstance(item, str) for item in prompts) or bool(given["stop"])
-    tokenizer = given["tokenizer"] or _tokenizer(folder, needed=needs_text)
+    stop = _stop(given["stop"])
+    if not isinstance(given["tokenizer"], Tokenizer | None):
+        raise _fail("tokenizer", "a Tokenizer or None", given["tokenizer"])
+    loaded = [isinstance(given[name], Model) for name in ("model", "draft_model")]
+    if given["dtype"] is not None and loaded[0] and (loaded[1] or not method.needs_draft_model):
+        raise _fail("dtype", "None for a model that is already loaded", given["dtype"])
+    model, folder = _model("model", given["model"], CHECKPOINTS / "tiny-code", given["dtype"])
+    needs_text = any(isinstance(item, str) for item in prompts) or bool(stop)
+    tokenizer = _tokenizer(folder, needed=needs_text) if given["tokenizer"] is None else given["tokenizer"]
     ids = [_ids(item, tokenizer, model) for item in prompts]
-    params = _sampling(given, len(ids), model.config.vocab_size)
+    params = _sampling({**given, "stop": stop}, len(ids), model.config.vocab_size)
     rule = Rule.RATIO if _rule(method, given["rule"]) == "ratio" else Rule.COUPLED
     if method.drafter is None or method.policy is None:
         batch = Batch(model.config, ids, params, rule=rule, tokenizer=tokenizer, with_text=with_text)
@@ -191,12 +198,19 @@ def _parameters(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in method.parameters:
             takes = ", ".join(method.parameters) or "no parameters of its own"
             raise _fail(name, f"an argument of generate, or of method {method.name!r} ({takes})", value)
+        kind, ok = ("an int", is_int) if isinstance(method.parameters[name], int) else ("a number", is_number)
+        if not ok(value):
+            raise _fail(name, kind, value)
     if given["draft_model"] is not None and not method.needs_draft_model:
         raise _fail("draft_model", f"None, method {method.name!r} uses none", given["draft_model"])
-    if given["policy"] is not None and method.policy is None:
-        raise _fail("policy", f"None, method {method.name!r} drafts nothing", given["policy"])
-    if given["policy"] is not None and given["draft_length"] is not None:
-        raise _fail("policy", "one of policy and draft_length", "both")
+    if given["policy"] is not None:
+        if method.policy is None:
+            raise _fail("policy", f"None, method {method.name!r} drafts nothing", given["policy"])
+        if not isinstance(given["policy"], Policy):
+            raise _fail("policy", "a Policy or None", given["policy"])
+        for name in method.policy_parameters:
+            if name in own:
+                raise _fail("policy", f"one of policy and {name}", "both")
     return {**method.parameters, **own}
 
 
@@ -216,16 +230,15 @@ def _model(name: str, model: ModelLike | None, shipped: Path, dtype: torch.dtype
     if model is None or isinstance(model, (str, os.PathLike)):
         folder = shipped if model is None else Path(model)
         return (load_model(folder) if dtype is None else load_model(folder, dtype=dtype)), folder
-    if dtype is not None:
-        raise _fail("dtype", "None for a model that is already loaded", dtype)
+    if not isinstance(model, Model):
+        raise _fail(name, "a Model or a folder", model)
     return model, None
 
 
 def _draft_model(given: Mapping[str, Any], target: Model) -> Model:
     if given["draft_model"] is None and given["model"] is not None:
         raise _fail("draft_model", f"a Model or a folder, which method {given['method']!r} drafts with", None)
-    dtype = None if isinstance(given["draft_model"], Model) else given["dtype"]
-    draft, _ = _model("draft_model", given["draft_model"], CHECKPOINTS / "tiny-code-draft", dtype)
+    draft, _ = _model("draft_model", given["draft_model"], CHECKPOINTS / "tiny-code-draft", given["dtype"])
     if draft.config.vocab_size != target.config.vocab_size:
         expected = f"a vocabulary of {target.config.vocab_size} ids, as the model's"
         raise _fail("draft_model", expected, draft.config.vocab_size)
@@ -247,12 +260,13 @@ def _split(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """The prompts, and whether there was just one that was not in a list."""
     if isinstance(prompt, str) or (isinstance(prompt, (Tensor, np.ndarray)) and prompt.ndim == 1):
         return [prompt], True
-    if not isinstance(prompt, (Sequence, Tensor, np.ndarray)):
+    several = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
+    if not several and not (isinstance(prompt, (Tensor, np.ndarray)) and prompt.ndim > 1):
         raise _fail("prompt", "text or ids, or a list of either", prompt)
     prompts: list[Any] = list(prompt)
     if not prompts:
         raise _fail("prompt", "text or ids, at least one", prompt)
-    if all(isinstance(item, (int, np.integer)) for item in prompts):
+    if all(is_int(item) for item in prompts):
         return [prompts], True
     return prompts, False
 
@@ -260,13 +274,14 @@ def _split(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
 def _ids(prompt: Prompt, tokenizer: Tokenizer | None, model: Model) -> list[int]:
     if isinstance(prompt, str):
         assert tokenizer is not None
-        ids = tokenizer.encode(prompt)
+        # checked before encoding, which may add a begin-of-text token
+        ids = tokenizer.encode(prompt) if prompt else []
     elif isinstance(prompt, (Tensor, np.ndarray)):
         if prompt.ndim != 1 or "int" not in str(prompt.dtype):
             raise _fail("prompt", "ids as integers [n]", f"{prompt.dtype} {list(prompt.shape)}")
         ids = prompt.tolist()
     else:
-        if not isinstance(prompt, Sequence) or not all(isinstance(item, (int, np.integer)) for item in prompt):
+        if not isinstance(prompt, Sequence) or not all(is_int(item) for item in prompt):
             raise _fail("prompt", "text or ids", prompt)
         ids = [int(item) for item in prompt]
     vocab_size, limit = model.config.vocab_size, model.config.max_context
@@ -287,34 +302,45 @@ def _sampling(given: Mapping[str, Any], batch: int, vocab_size: int) -> list[Sam
     columns = {}
     for name in _PER_REQUEST:
         value = given[name]
-        if isinstance(value, (Sequence, Tensor, np.ndarray)):
-            if len(value) != batch:
-                raise _fail(name, f"one value or {batch}, one per prompt", value)
-            columns[name] = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)
-        else:
-            columns[name] = [value] * batch
-    stop = given["stop"]
+        if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
+            value = value.tolist()
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            value = [value] * batch
+        if len(value) != batch:
+            raise _fail(name, f"one value or {batch}, one per prompt", value)
+        columns[name] = value
     common = {
         "bias": _bias(given["bias"], vocab_size),
         "ban_ids": _vocabulary_ids("ban_ids", given["ban_ids"], vocab_size),
-        "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
-        "stop_ids": _vocabulary_ids("stop_ids", given["stop_ids"] or (), vocab_size),
+        "stop": given["stop"],
+        "stop_ids": _vocabulary_ids("stop_ids", () if given["stop_ids"] is None else given["stop_ids"], vocab_size),
         "ignore_eos": given["ignore_eos"],
         "logprobs": given["logprobs"],
     }
-    if common["logprobs"] is not None and common["logprobs"] > vocab_size:
+    if is_int(common["logprobs"]) and common["logprobs"] > vocab_size:
         raise _fail("logprobs", f"at most {vocab_size} (the vocabulary)", common["logprobs"])
-    seeds = given["seeds"]
-    if seeds is None:
-        seeds = [splitmix64(given["seed"] or 0, index) for index in range(batch)]
+    if given["seed"] is not None and not is_int(given["seed"]):
+        raise _fail("seed", "an int or None", given["seed"])
+    if given["seeds"] is None:
+        seeds = [splitmix64(int(given["seed"] or 0), index) for index in range(batch)]
     elif given["seed"] is not None:
         raise _fail("seeds", "one of seed and seeds", "both")
-    elif len(seeds) != batch:
-        raise _fail("seeds", f"{batch} seeds, one per prompt", seeds)
+    else:
+        seeds = _ints("seeds", given["seeds"])
+        if len(seeds) != batch:
+            raise _fail("seeds", f"{batch} seeds, one per prompt", seeds)
     return [
-        SamplingParams(seed=int(seeds[row]), **{name: columns[name][row] for name in _PER_REQUEST}, **common)
+        SamplingParams(seed=seeds[row], **{name: columns[name][row] for name in _PER_REQUEST}, **common)
         for row in range(batch)
     ]
+
+
+def _stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None or isinstance(stop, str):
+        return () if stop is None else (stop,)
+    if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
+        raise _fail("stop", "a string or strings", stop)
+    return tuple(stop)
 
 
 def _bias(bias: Tensor | Mapping[int, float] | None, vocab_size: int) -> Tensor | Mapping[int, float] | None:
@@ -322,12 +348,31 @@ def _bias(bias: Tensor | Mapping[int, float] | None, vocab_size: int) -> Tensor 
         if list(bias.shape) != [vocab_size] or not bias.is_floating_point():
             raise _fail("bias", f"floating [{vocab_size}]", f"{bias.dtype} {list(bias.shape)}")
     elif bias is not None:
+        if not isinstance(bias, Mapping):
+            raise _fail("bias", f"floating [{vocab_size}] or {{id: value}}", bias)
         _vocabulary_ids("bias", tuple(bias), vocab_size)
+        for value in bias.values():
+            if not is_number(value) or math.isnan(value):
+                raise _fail("bias", "{id: value} with numbers", value)
     return bias
 
 
-def _vocabulary_ids(name: str, ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+def _vocabulary_ids(name: str, values: Collection[int] | Tensor | np.ndarray, vocab_size: int) -> tuple[int, ...]:
+    ids = _ints(name, values)
     for item in ids:
         if not 0 <= item < vocab_size:
             raise _fail(name, f"ids 0..{vocab_size - 1}", item)
-    return tuple(int(item) for item in ids)
+    return tuple(ids)
+
+
+def _ints(name: str, values: Collection[int] | Tensor | np.ndarray) -> list[int]:
+    """`values` as Python ints."""
+    given: object = values
+    if isinstance(values, (Tensor, np.ndarray)) and values.ndim == 1:
+        given = values.tolist()
+    if not isinstance(given, Collection) or isinstance(given, (str, bytes, Tensor, np.ndarray)):
+        raise _fail(name, "a list of ints", values)
+    for item in given:
+        if not is_int(item):
+            raise _fail(name, "a list of ints", item)
+    return [int(item) for item in given]

@@ -34,7 +34,8 @@ class Method:
         name: for `generate(method=...)` and the command line.
         paper: where it is from.
         parts: loop, drafter, policy and ops it is made of.
-        parameters: options of its own and their defaults, keyword arguments of `generate`.
+        parameters: options of its own and their defaults, keyword arguments of `generate`; a default's type is theirs.
+        policy_parameters: those of them that a `policy` replaces.
         rules: acceptance rules it offers under sampling, default first; empty for plain decoding.
         needs_draft_model: whether `draft_model` is used.
         drafter, policy: build the parts from the options (and the draft model); None for plain decoding.
@@ -44,6 +45,7 @@ class Method:
     paper: str
     parts: tuple[str, ...]
     parameters: Mapping[str, int | float]
+    policy_parameters: tuple[str, ...] = ("draft_length",)
     rules: tuple[str, ...] = ()
     needs_draft_model: bool = False
     drafter: Callable[[Options, Model | None], Drafter] | None = None
@@ -82,6 +84,7 @@ _TABLE = (
         paper="drafting while the draft model is sure: assistant_confidence_threshold of Hugging Face transformers",
         parts=("speculative", "SmallModel", "ConfidenceStop", "verify_chain"),
         parameters={"draft_length": 8, "confidence": 0.4},
+        policy_parameters=("draft_length", "confidence"),
         rules=("coupled", "ratio"),
         needs_draft_model=True,
         drafter=_small_model,
@@ -103,7 +106,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 
 def find_method(name: str) -> Method:
     """The method of this name; ValueError that lists the names and the nearest one."""
-    method = METHODS.get(name)
+    method = METHODS.get(name) if isinstance(name, str) else None
     if method is None:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Literal, TypeGuard, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,16 +75,43 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a finite number >= 0")
-        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 0, "an int >= 0 (0 = off)")
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "a number in (0, 1]")
-        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p < 1, "a number in [0, 1)")
-        _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "64 bits")
-        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "an int >= 0")
+        for name, ok, expected in (
+            ("temperature", _within(self.temperature, 0, _LARGEST_FLOAT32), "a finite number >= 0 (as float32)"),
+            ("top_k", self.top_k is None or _count(self.top_k, 2**31 - 1), f"None or an int 0..{2**31 - 1} (0 = off)"),
+            ("top_p", self.top_p is None or (_within(self.top_p, 0, 1) and self.top_p > 0), "None, or in (0, 1]"),
+            ("min_p", self.min_p is None or (_within(self.min_p, 0, 1) and self.min_p < 1), "None, or in [0, 1)"),
+            ("seed", is_int(self.seed) and -(2**63) <= self.seed < 2**64, "an int of 64 bits"),
+            ("max_new_tokens", _count(self.max_new_tokens), "an int >= 0"),
+            ("stop", all(isinstance(string, str) and string for string in self.stop), "strings that are not empty"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("logprobs", self.logprobs is None or _count(self.logprobs), "None or an int >= 0"),
+        ):
+            _check(name, getattr(self, name), ok, expected)
         limit = self.max_new_tokens
-        _check("min_new_tokens", self.min_new_tokens, 0 <= self.min_new_tokens <= limit, f"0..{limit} (max_new_tokens)")
-        _check("stop", self.stop, all(self.stop), "strings that are not empty")
-        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or an int >= 0")
+        _check(
+            "min_new_tokens", self.min_new_tokens, _count(self.min_new_tokens, limit), f"0..{limit} (max_new_tokens)"
+        )
+
+
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """An int of Python or NumPy; a bool is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """An int or float of Python or NumPy; a bool is none."""
+    return is_int(value) or isinstance(value, (float, np.floating))
+
+
+def _count(value: object, high: float = math.inf) -> bool:
+    return is_int(value) and 0 <= value <= high
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    return is_number(value) and low <= value <= high
 
 
 def _check(name: str, value: object, ok: bool, expected: str) -> None:

@@ -17,6 +17,8 @@ from fastdecode.types import Result, Results
 
 TARGET = toys.table(eos_token_ids=(11,))
 DRAFT = toys.noisy(TARGET)
+LETTERS = toys.letters("abcdefghijklm")
+BEGINNING = toys.letters("abcdefghijklm", begin=[0])  # its encode adds a begin-of-text id
 
 
 def test_one_prompt_gives_a_result_and_a_list_gives_results():
@@ -133,23 +135,49 @@ def test_methods():
         ({"prompt": [1] * 4097}, r"prompt: expected at most 4096 tokens \(max_context\), got 4097"),
         ({"prompt": "text"}, "tokenizer: expected a Tokenizer"),
         ({"stop": "x"}, "tokenizer: expected a Tokenizer"),
-        ({"stop": [""]}, "tokenizer|stop"),
-        ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1.0"),
+        ({"stop": [""], "tokenizer": LETTERS}, r"stop: expected strings that are not empty, got \(''"),
+        ({"stop": 5}, "stop: expected a string or strings, got 5"),
+        ({"stop": [5]}, r"stop: expected a string or strings, got \[5\]"),
+        ({"prompt": torch.tensor(5)}, r"prompt: expected text or ids, or a list of either, got tensor\(5\)"),
+        ({"prompt": b"ab"}, "prompt: expected text or ids, or a list of either, got b'ab'"),
+        ({"prompt": "", "tokenizer": BEGINNING}, "prompt: expected at least one token, got ''"),
+        ({"prompt": ["a", ""], "tokenizer": BEGINNING}, "prompt: expected at least one token, got ''"),
+        ({"model": 5}, "model: expected a Model or a folder, got 5"),
+        ({"method": []}, r"method: expected one of plain, .*, got \[\]"),
+        ({"tokenizer": 5}, "tokenizer: expected a Tokenizer or None, got 5"),
+        ({"temperature": -1.0}, r"temperature: expected a finite number >= 0 \(as float32\), got -1.0"),
+        ({"temperature": 1e39}, r"temperature: expected a finite number >= 0 \(as float32\), got 1e\+39"),
+        ({"temperature": None}, "temperature: expected a finite number .*, got None"),
+        ({"temperature": "1"}, "temperature: expected a finite number .*, got '1'"),
+        ({"temperature": torch.tensor(0.5)}, r"temperature: expected a finite number .*, got tensor\(0.5"),
         ({"temperature": [0.0, 1.0]}, "temperature: expected one value or 1"),
-        ({"top_k": -1}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"min_p": 1.0}, "min_p"),
-        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"top_k": -1}, r"top_k: expected None or an int 0\.\.2147483647 \(0 = off\), got -1"),
+        ({"top_k": 99999999999}, r"top_k: expected None or an int 0\.\.2147483647 \(0 = off\), got 99999999999"),
+        ({"top_k": 1.9}, "top_k: expected None or an int .*, got 1.9"),
+        ({"top_p": 0.0}, r"top_p: expected None, or in \(0, 1\], got 0.0"),
+        ({"min_p": 1.0}, r"min_p: expected None, or in \[0, 1\), got 1.0"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected an int >= 0, got -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an int >= 0, got 2.5"),
+        ({"max_new_tokens": [1, 2]}, r"max_new_tokens: expected one value or 1, one per prompt, got \[1, 2\]"),
+        ({"ignore_eos": 1}, "ignore_eos: expected True or False, got 1"),
+        ({"seed": 1.5}, "seed: expected an int or None, got 1.5"),
+        ({"seeds": 5}, "seeds: expected a list of ints, got 5"),
+        ({"seeds": [1.5]}, "seeds: expected a list of ints, got 1.5"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, r"min_new_tokens: expected 0\.\.4"),
         ({"seed": 1, "seeds": [1]}, "seeds: expected one of seed and seeds, got 'both'"),
         ({"seeds": [1, 2]}, "seeds: expected 1 seeds"),
-        ({"seeds": [2**64]}, "seed: expected 64 bits"),
+        ({"seeds": [2**64]}, "seed: expected an int of 64 bits, got 18446744073709551616"),
+        ({"stop_ids": 5}, "stop_ids: expected a list of ints, got 5"),
+        ({"stop_ids": [5.7]}, "stop_ids: expected a list of ints, got 5.7"),
         ({"stop_ids": [13]}, r"stop_ids: expected ids 0\.\.12, got 13"),
-        ({"ban_ids": [-1]}, "ban_ids"),
-        ({"bias": {99: 1.0}}, "bias"),
+        ({"ban_ids": [-1]}, r"ban_ids: expected ids 0\.\.12, got -1"),
+        ({"bias": {99: 1.0}}, r"bias: expected ids 0\.\.12, got 99"),
+        ({"bias": {1: "x"}}, "bias: expected {id: value} with numbers, got 'x'"),
+        ({"bias": [0.0]}, r"bias: expected floating \[13\] or {id: value}, got \[0.0\]"),
         ({"bias": torch.zeros(5)}, r"bias: expected floating \[13\]"),
         ({"logprobs": 14}, "logprobs: expected at most 13"),
-        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": -1}, "logprobs: expected None or an int >= 0, got -1"),
+        ({"logprobs": 1.5}, "logprobs: expected None or an int >= 0, got 1.5"),
         ({"dtype": torch.float64}, "dtype: expected None for a model that is already loaded"),
         ({"rule": "ratio"}, "rule: expected None for method 'plain', got 'ratio'"),
         ({"draft_model": DRAFT}, "draft_model: expected None, method 'plain' uses none"),
@@ -159,16 +187,60 @@ def test_methods():
         ({"method": "speculative"}, "draft_model: expected a Model or a folder"),
         ({"method": "speculative", "draft_model": toys.table(7)}, "draft_model: expected a vocabulary of 13 ids"),
         ({"method": "prompt-lookup", "rule": "best"}, "rule: expected None or one of coupled, ratio, got 'best'"),
-        ({"method": "prompt-lookup", "max_ngram": 0}, "max_ngram"),
-        ({"method": "prompt-lookup", "draft_length": -1}, "length: expected >= 0"),
+        ({"method": "speculative", "draft_model": 5}, "draft_model: expected a Model or a folder, got 5"),
+        (
+            {"method": "speculative", "draft_model": DRAFT, "dtype": torch.float64},
+            "dtype: expected None for a model that is already loaded",
+        ),
+        ({"method": "prompt-lookup", "max_ngram": 0}, "PromptLookup: max_ngram: expected an int >= 1, got 0"),
+        ({"method": "prompt-lookup", "max_ngram": 2**70}, r"max_ngram: expected 1\.\.64"),
+        ({"method": "prompt-lookup", "max_ngram": 2.5}, "generate: max_ngram: expected an int, got 2.5"),
+        ({"method": "prompt-lookup", "draft_length": -1}, "FixedLength: length: expected an int >= 0, got -1"),
+        ({"method": "prompt-lookup", "draft_length": 2.5}, "generate: draft_length: expected an int, got 2.5"),
+        ({"method": "prompt-lookup", "policy": 5}, "policy: expected a Policy or None, got 5"),
+        (
+            {
+                "method": "speculative-confidence",
+                "draft_model": DRAFT,
+                "policy": FixedLength(2),
+                "confidence": 0.9,
+            },
+            "policy: expected one of policy and confidence, got 'both'",
+        ),
         ({"method": "prompt-lookup", "draft_length": 2, "policy": FixedLength(3)}, "policy: expected one of"),
     ],
 )
 def test_messages(options, message):
-    options = {"prompt": [1], **options}
+    options = {"model": TARGET, "prompt": [1], **options}
     for call in (generate, stream):  # stream checks before its first chunk is asked for
         with pytest.raises(ValueError, match=message):
-            call(TARGET, **options)
+            call(**options)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    prompts = [[1, 2], [3]]
+    expected = generate(TARGET, prompts, max_new_tokens=[5, 7], top_k=[3, 4], temperature=0.5, seeds=[3, 4])
+    numbers = {"max_new_tokens": torch.tensor([5, 7]), "top_k": np.array([3, 4]), "temperature": np.float32(0.5)}
+    given = generate(TARGET, prompts, seeds=np.array([3, 4]), stop_ids=torch.tensor([11]), **numbers)
+    assert [result.tokens for result in given] == [result.tokens for result in expected]
+
+
+def test_an_unreachable_minimum():
+    result = generate(TARGET, [1], max_new_tokens=10**30, min_new_tokens=10**20, stop_ids=[3])
+    assert (len(result.prompt_tokens + result.tokens), result.finish_reason) == (4096, "length")
+
+
+def test_a_policy_leaves_the_drafters_parameters():
+    result = generate(TARGET, [1, 2] * 4, method="prompt-lookup", max_ngram=2, policy=FixedLength(2), ignore_eos=True)
+    assert len(result.statistics.drafted_histogram) <= 3
+
+
+def test_dtype_is_for_what_is_read(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("fastdecode.generation.load_model", lambda path, dtype: read.append((path, dtype)) or DRAFT)
+    options = {"method": "speculative", "draft_model": tmp_path, "dtype": torch.float64, "max_new_tokens": 4}
+    assert generate(TARGET, [1, 2], **options).tokens == generate(TARGET, [1, 2], max_new_tokens=4).tokens
+    assert read == [(tmp_path, torch.float64)]
 
 
 def test_policies_and_drafters_check_their_arguments():

@@ -76,19 +76,19 @@ class Broken:
 
 
 class _Letters:
-    """Each id is a piece of text; the last id is special."""
+    """Each id is a piece of text; the last id is special. A text is encoded letter by letter behind `begin`."""
 
-    def __init__(self, pieces: Sequence[str]) -> None:
-        self.pieces = list(pieces)
+    def __init__(self, pieces: Sequence[str], begin: Sequence[int]) -> None:
+        self.pieces, self.begin = list(pieces), list(begin)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         last = len(self.pieces) - 1
         return "".join(self.pieces[i] for i in ids if not (skip_special_tokens and i == last))
 
     def encode(self, text: str) -> object:
-        ids = [self.pieces.index(letter) for letter in text]
+        ids = self.begin + [self.pieces.index(letter) for letter in text]
         return type("Encoding", (), {"ids": ids})
 
 
-def letters(pieces: Sequence[str]) -> Tokenizer:
-    return Tokenizer(_Letters(pieces))
+def letters(pieces: Sequence[str], begin: Sequence[int] = ()) -> Tokenizer:
+    return Tokenizer(_Letters(pieces, begin))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .._host import NgramIndex
-from ..types import Draft
+from ..types import Draft, is_int
 from .base import Context, Drafter, StopRule
 
 __all__ = ["PromptLookup"]
@@ -21,7 +21,10 @@ class PromptLookup(Drafter):
     """
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 1) -> None:
-        NgramIndex(max_ngram, min_ngram)  # raises ValueError on bad sizes
+        for name, value in {"max_ngram": max_ngram, "min_ngram": min_ngram}.items():
+            if not is_int(value) or value < 1:
+                raise ValueError(f"PromptLookup: {name}: expected an int >= 1, got {value!r}")
+        NgramIndex(min(max_ngram, 2**31), min(min_ngram, 2**31))  # raises ValueError on sizes that are too large
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
         self._indices: list[NgramIndex] = []

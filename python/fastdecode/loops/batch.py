@@ -329,7 +329,7 @@ def _filters(
     for prompt, asked, ends in zip(prompts, params, stops, strict=True):
         early = ends if asked.min_new_tokens else ()
         banned.append([*asked.ban_ids, *early])
-        below.append([_ALWAYS] * len(asked.ban_ids) + [len(prompt) + asked.min_new_tokens] * len(early))
+        below.append([_ALWAYS] * len(asked.ban_ids) + [min(len(prompt) + asked.min_new_tokens, _ALWAYS)] * len(early))
     return Filters(
         temperature=temperature,
         top_k=torch.tensor(top_k, dtype=torch.int32) if sampled and any(top_k) else None,

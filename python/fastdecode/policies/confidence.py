@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..drafters.base import StopRule
 from ..ops import RowStats
+from ..types import is_number
 from .fixed import FixedLength
 
 __all__ = ["ConfidenceStop"]
@@ -21,8 +22,8 @@ class ConfidenceStop(FixedLength):
 
     def __init__(self, length: int, threshold: float) -> None:
         super().__init__(length)
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"ConfidenceStop: threshold: expected 0..1, got {threshold}")
+        if not is_number(threshold) or not 0 <= threshold <= 1:
+            raise ValueError(f"ConfidenceStop: threshold: expected 0..1, got {threshold!r}")
         self.threshold = threshold
 
     @property
