@@ -21,14 +21,55 @@ def folder(checkpoint, tmp_path):
 
 CONFIGS = [
     ({"architectures": ["GPT2LMHeadModel"]}, "architectures: expected one of LlamaForCausalLM.*got 'GPT2LMHeadModel'"),
+    ({"architectures": [["a"]]}, r"architectures: expected one of Llama.*, got \['a'\]"),
+    ({"architectures": {"a": 1}}, "architectures: expected one of Llama.*, got {'a': 1}"),
     ({"hidden_act": "gelu"}, "hidden_act: expected silu, got 'gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: expected none, got 'gptq'"),
+    ({"quantization_config": "x"}, "quantization_config: expected none, got 'x'"),
     ({"hidden_size": None}, "config.json: hidden_size: expected a positive integer, got None"),
     ({"num_attention_heads": 3}, "num_attention_heads: expected a multiple of num_key_value_heads 2, got 3"),
     ({"head_dim": 7}, "head_dim: expected an even number, got 7"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type: expected one of default, linear.*got 'longrope'"),
-    ({"rope_parameters": {"rope_type": "linear"}}, "linear rope: factor: expected a number, got None"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "linear rope: factor: expected a number above 0, got None"),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+        "linear rope: factor: expected a number above 0, got 0",
+    ),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3 rope: low_freq_factor: expected a number"),
+    (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2, "high_freq_factor": 2}},
+        "llama3 rope: high_freq_factor: expected more than low_freq_factor 2, got 2",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": "x"}},
+        "yarn rope: original_max_position_embeddings: expected a number above 0, got 'x'",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": "x"}},
+        "yarn rope: original_max_position_embeddings: expected a number above 0, got 'x'",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "x"}},
+        "yarn rope: beta_fast: expected a number above 0, got 'x'",
+    ),
+    ({"rope_parameters": {"rope_type": ["x"]}}, r"rope_type: expected one of default, linear.*got \['x'\]"),
+    ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta: expected a number above 0, got 'x'"),
+    ({"rms_norm_eps": "x"}, "config.json: rms_norm_eps: expected a number above 0, got 'x'"),
+    ({"eos_token_id": "a"}, "eos_token_id: expected ids, integers >= 0, got 'a'"),
+    ({"eos_token_id": [1.5]}, "eos_token_id: expected ids, integers >= 0, got 1.5"),
+    (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": "x"},
+        "config.json: sliding_window: expected a positive integer, got 'x'",
+    ),
+    (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+        "config.json: sliding_window: expected a positive integer, got 0",
+    ),
+    (
+        {"architectures": ["Qwen2ForCausalLM"], "max_window_layers": None, "layer_types": None},
+        "config.json: max_window_layers: expected an integer >= 0, got None",
+    ),
+    ({"architectures": ["Qwen2ForCausalLM"], "layer_types": 3}, "layer_types: expected a list, got 3"),
     ({"rope_parameters": "yarn"}, "rope_parameters: expected an object, got 'yarn'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, got 0.5"),
     (
@@ -46,7 +87,19 @@ CONFIGS = [
 def test_config_refusals(folder, change, message):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=f"load_model: {message}"):
+        load_model(folder)
+
+
+def test_generation_config_refusals(folder):
+    file = folder / "generation_config.json"
+    for value, got in (("a", "'a'"), ([1, 1.5], "1.5"), (-1, "-1"), (True, "True")):
+        file.write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(ValueError, match=f"load_model: eos_token_id: expected ids, integers >= 0, got {got}"):
+            load_model(folder)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json: expected a JSON object, got list"):
         load_model(folder)
 
 

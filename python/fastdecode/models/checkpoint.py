@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .base import ModelConfig
-from .rope import RopeConfig
+from .rope import RopeConfig, positive
 
 __all__ = ["ARCHITECTURES", "NativeConfig", "read_configs", "read_tensors"]
 
@@ -72,9 +72,9 @@ class NativeConfig:
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ValueError(f"load_model: hidden_act: expected silu, got {activation!r}")
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method")
-            raise ValueError(f"load_model: quantization_config: expected none, got {method!r}")
+        if quantization := config.get("quantization_config"):
+            got = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+            raise ValueError(f"load_model: quantization_config: expected none, got {got!r}")
         hidden_size, q_heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
         kv_heads = _count(config, "num_key_value_heads", family.num_kv_heads or q_heads)
         if q_heads % kv_heads:
@@ -86,17 +86,16 @@ class NativeConfig:
         layers = _count(config, "num_hidden_layers")
         attention_bias = bool(config.get("attention_bias", False))
         generation = generation or {}
-        eos = generation.get("eos_token_id")
-        eos = config.get("eos_token_id") if eos is None else eos
-        bos = generation.get("bos_token_id")
+        eos = _ids("eos_token_id", generation, config)
+        bos = _ids("bos_token_id", generation, config)
         model = ModelConfig(
             vocab_size=_count(config, "vocab_size"),
             hidden_size=hidden_size,
             num_layers=layers,
             max_context=max_context,
             causal=True,
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            bos_token_id=config.get("bos_token_id") if bos is None else bos,
+            eos_token_ids=eos,
+            bos_token_id=bos[0] if bos else None,
         )
         return cls(
             model=model,
@@ -105,7 +104,7 @@ class NativeConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             intermediate_size=_count(config, "intermediate_size"),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=positive("config.json: rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             rope=RopeConfig.from_hf(config, head_dim, max_context),
             windows=_windows(name, config, layers),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
@@ -184,11 +183,22 @@ def read_tensors(path: str | os.PathLike[str], wanted: Iterable[str]) -> dict[st
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or []
-    name = names[0] if names else config.get("model_type")
-    if name not in ARCHITECTURES:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names or config.get("model_type")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(f"load_model: architectures: expected one of {', '.join(ARCHITECTURES)}, got {name!r}")
     return name
+
+
+def _ids(name: str, generation: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """One id or a list of them; what generation_config.json says comes first."""
+    value = generation.get(name)
+    value = config.get(name) if value is None else value
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    for item in ids:
+        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
+            raise ValueError(f"load_model: {name}: expected ids, integers >= 0, got {item!r}")
+    return ids
 
 
 def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -200,19 +210,25 @@ def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> 
 
 
 def _windows(name: str, config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    if name == "MistralForCausalLM":
-        window = config.get("sliding_window", 4096)  # the class default of transformers; null means none
-        return (window,) * layers
     if name == "LlamaForCausalLM":
         return (None,) * layers
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    window = None
+    windowed = name == "MistralForCausalLM" or config.get("use_sliding_window")
+    if windowed and config.get("sliding_window", 4096) is not None:  # the class default of transformers; null is none
+        window = _count(config, "sliding_window", 4096)
+    if name == "MistralForCausalLM":
+        return (window,) * layers
     types = config.get("layer_types")
     if types is None:
         first = config.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ValueError(f"load_model: config.json: max_window_layers: expected an integer >= 0, got {first!r}")
         return tuple(window if i >= first else None for i in range(layers))
+    if not isinstance(types, list):
+        raise ValueError(f"load_model: layer_types: expected a list, got {types!r}")
     known = {"full_attention": None, "sliding_attention": window}
     for kind in types:
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise ValueError(f"load_model: layer_types: expected one of {', '.join(known)}, got {kind!r}")
     if len(types) != layers:
         raise ValueError(f"load_model: layer_types: expected {layers} entries, got {len(types)}")

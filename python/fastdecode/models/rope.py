@@ -7,6 +7,7 @@ code ("llama3"). Formulas and defaults as in transformers, so that the same conf
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,25 @@ from torch import Tensor
 
 __all__ = ["RopeConfig", "RopeTable"]
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+ROPE_TYPES = tuple(_NEEDED)
+
+
+def positive(name: str, value: object) -> float:
+    """`value` as a float; ValueError unless it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"load_model: {name}: expected a number above 0, got {value!r}")
+    return float(value)
+
+
+def _first(*values: object) -> object:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +52,7 @@ class RopeConfig:
         """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` with "rope_type" or "type".
 
         Raises:
-            ValueError: an unknown type, a missing or non-numeric parameter, a partial rotary embedding.
+            ValueError: an unknown type, a missing or impossible parameter, a partial rotary embedding.
         """
         # transformers lets rope_scaling win where a config holds both; a null in either means "not there"
         source = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -41,32 +60,36 @@ class RopeConfig:
             raise ValueError(f"load_model: rope_parameters: expected an object, got {source!r}")
         parameters = dict(source)
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-        if rope_type not in ROPE_TYPES:
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
             raise ValueError(f"load_model: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
         partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial not in (None, 1, 1.0):
             raise ValueError(f"load_model: partial_rotary_factor: expected 1, got {partial!r}")
         if head_dim % 2:
             raise ValueError(f"load_model: head_dim: expected an even number, got {head_dim}")
-        theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+        theta = positive("rope_theta", _first(parameters.get("rope_theta"), config.get("rope_theta"), 10000.0))
+        where = f"{rope_type} rope: "
         if rope_type in ("llama3", "yarn"):
-            original = config.get("original_max_position_embeddings") or parameters.get(
-                "original_max_position_embeddings"
+            name = "original_max_position_embeddings"
+            original = positive(where + name, _first(config.get(name), parameters.get(name), max_context))
+            parameters[name] = original
+            if rope_type == "yarn" and parameters.get("factor") is None and "factor" in parameters:
+                parameters["factor"] = max_context / original
+        for name in _NEEDED[rope_type]:
+            positive(where + name, parameters.get(name))
+        if rope_type == "yarn":
+            for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                # transformers takes a 0 for "not there", except as attention_factor
+                if parameters.get(name) is not None and (parameters[name] != 0 or name == "attention_factor"):
+                    positive(where + name, parameters[name])
+            if theta <= 1:
+                raise ValueError(f"load_model: {where}rope_theta: expected more than 1, got {theta}")
+        if rope_type == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+            low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+            raise ValueError(
+                f"load_model: {where}high_freq_factor: expected more than low_freq_factor {low}, got {high}"
             )
-            parameters["original_max_position_embeddings"] = original or max_context
-        needed = {
-            "default": (),
-            "linear": ("factor",),
-            "yarn": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        }
-        if rope_type == "yarn" and parameters.get("factor") is None and "factor" in parameters:
-            parameters["factor"] = max_context / parameters["original_max_position_embeddings"]
-        for name in needed[rope_type]:
-            value = parameters.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"load_model: {rope_type} rope: {name}: expected a number, got {value!r}")
-        return cls(head_dim=head_dim, theta=float(theta), type=rope_type, parameters=parameters)
+        return cls(head_dim=head_dim, theta=theta, type=rope_type, parameters=parameters)
 
     def inverse_frequencies(self, dtype: torch.dtype) -> tuple[Tensor, float]:
         """Radians per position, [head_dim / 2], and the factor on cos and sin (1 except for yarn)."""
