@@ -66,7 +66,8 @@ class Context:
         rule: Rule.COUPLED or Rule.RATIO, when not greedy.
         filters: sampling filters.
         seeds: int64 [B].
-        last: the round before this one; None in the first round, and after requests have left the batch.
+        last: the round before this one, the target's output included, so that `propose` alone can use it (`commit` is
+            given the same); None in the first round, and after requests have left the batch.
     """
 
     __slots__ = (
@@ -171,7 +172,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, context: Context, budget: list[int], stop: StopRule | None) -> Draft:
-        """Tokens that may follow the committed ones.
+        """Tokens that may follow the committed ones. An id outside the target's vocabulary is rejected.
 
         Args:
             context: the requests.

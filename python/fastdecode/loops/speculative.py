@@ -6,6 +6,7 @@ Steps as in Leviathan et al. 2023 (Algorithm 1) and Chen et al. 2023 (Algorithm 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,13 @@ def speculative(model: Model, batch: Batch, drafter: Drafter, policy: Policy) ->
     batch.lap("prefill")
     while batch.running:
         # step 1: draft x_1 .. x_gamma; near a request's end only as many as it has room for
-        draft = drafter.propose(context, batch.budget(policy.next_length(batch.statistics)), policy.stop)
-        lens = draft.lens.tolist()
+        budget = batch.budget(policy.next_length(batch.statistics))
+        draft = drafter.propose(context, budget, policy.stop)
+        fed, lens = check_draft(type(drafter).__name__, draft, budget, model.config.vocab_size)
         batch.lap("draft")
 
         # step 2: one target forward scores the root and every draft
-        slots = torch.cat((batch.roots(), draft.tokens), 1)
+        slots = torch.cat((batch.roots(), fed), 1)
         num_tokens = None if min(lens) == draft.tokens.shape[1] else [length + 1 for length in lens]
         output = model.forward(slots, cache=cache, num_tokens=num_tokens)
         assert output.logits is not None
@@ -64,6 +66,48 @@ def speculative(model: Model, batch: Batch, drafter: Drafter, policy: Policy) ->
         batch.lap("other")
         yield chunks
         batch.resume()
+
+
+def check_draft(drafter: str, draft: Draft, budget: list[int], vocab_size: int) -> tuple[Tensor, list[int]]:
+    """What a drafter proposed, with its ids fit for the model.
+
+    An id outside the vocabulary is no error: verification rejects it, so any other may take its place in the forward.
+
+    Returns:
+        tokens int64 [B, K]; lengths per request.
+    Raises:
+        ValueError: anything that breaks the contract of Draft or of the budget, by the drafter's name.
+    """
+    if not isinstance(draft, Draft):
+        raise ValueError(f"{drafter}.propose: expected a Draft, got {draft!r}")
+    tokens, batch = draft.tokens, len(budget)
+    size = tokens.shape[-1] if isinstance(tokens, Tensor) and tokens.dim() == 2 else "K"
+    _check_field(drafter, "tokens", tokens, [batch, size], (torch.int64,))
+    _check_field(drafter, "lens", draft.lens, [batch], (torch.int32,))
+    if draft.probs is not None:
+        _check_field(drafter, "probs", draft.probs, [batch, size, vocab_size], _FLOATING)
+    lens = draft.lens.tolist()
+    outside = False
+    for row, length, most in zip(tokens.tolist(), lens, budget):
+        if not 0 <= length <= min(size, most):
+            raise ValueError(f"{drafter}.propose: lens: expected 0..{size} within the budget {budget}, got {lens}")
+        if length and (min(row[:length]) < 0 or max(row[:length]) >= vocab_size):
+            outside = True
+    if outside:
+        tokens = tokens.where((tokens >= 0) & (tokens < vocab_size), 0)
+    return tokens, lens
+
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_field(drafter: str, name: str, value: Tensor, shape: list[Any], dtypes: tuple[torch.dtype, ...]) -> None:
+    if isinstance(value, Tensor) and value.dtype in dtypes and list(value.shape) == shape:
+        return
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    sizes = ", ".join(map(str, shape))
+    raise ValueError(f"{drafter}.propose: {name}: expected {kinds} [{sizes}], got {got}")
 
 
 def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verified:
