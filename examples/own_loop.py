@@ -8,7 +8,7 @@ import sys
 import torch
 import transformers
 
-from fastdecode import ops
+from fastdecode import Status, ops
 
 
 @torch.inference_mode()
@@ -18,17 +18,16 @@ def speculative(model, prompt: list[int], new_tokens: int, num_drafts: int, **la
     lengths, finished = torch.tensor([len(text)], dtype=torch.int32), torch.tensor([False])
     cap = torch.tensor([len(text) + new_tokens], dtype=torch.int32)
     cache = transformers.DynamicCache()
-    model(torch.tensor([text[:-1]]), past_key_values=cache)  # the last token is slot 0 of the first round
+    if text[:-1]:
+        model(torch.tensor([text[:-1]]), past_key_values=cache)  # the last token is slot 0 of the first round
     while not finished:
         draft = ngram_draft(text, num_drafts)
         logits = model(torch.tensor([text[-1:] + draft]), past_key_values=cache).logits  # [1, K + 1, V]
-        verified = ops.verify_chain(
-            torch.tensor([draft], dtype=torch.int64),
-            target_logits=logits,
-            rule="coupled",
-            offset=lengths.long(),  # absolute position of the token that row 0 predicts
-            **law,
-        )
+        drafts = torch.tensor([draft], dtype=torch.int64)
+        # offset: absolute position of the token that row 0 predicts
+        verified = ops.verify_chain(drafts, target_logits=logits, rule="coupled", offset=lengths.long(), **law)
+        if int(verified.status) & Status.ERRORS:  # such a row emits nothing: without this the loop would not end
+            raise ArithmeticError(f"no token can be drawn at position {len(text)}: {Status(int(verified.status))!r}")
         committed = ops.commit(verified.tokens, verified.num_emitted, lengths, finished, max_lengths=cap)
         count = int(committed.num_committed)
         text += verified.tokens[0, :count].tolist()
