@@ -20,10 +20,15 @@ void bind_ngram_index(py::module_& m) {
       .def(
           "extend",
           [](NgramIndex& self, const py::array& tokens) {
-            FD_CHECK_ARG(tokens.dtype().is(py::dtype::of<int64_t>()) && tokens.ndim() == 1 &&
-                             (tokens.size() <= 1 || tokens.strides(0) == sizeof(int64_t)),
+            // kind and size, not identity: NumPy has two types of 64-bit integers where long and long long are the same
+            const py::dtype dtype = tokens.dtype();
+            const bool int64 = dtype.kind() == 'i' && dtype.itemsize() == sizeof(int64_t) && dtype.byteorder() == '=';
+            FD_CHECK_ARG(int64 && tokens.ndim() == 1,
                          "NgramIndex.extend: tokens: expected a contiguous int64 array [n], got ",
-                         py::str(tokens.dtype()).cast<std::string>(), " with ", tokens.ndim(), " dimensions");
+                         py::str(dtype).cast<std::string>(), " with ", tokens.ndim(), " dimensions");
+            FD_CHECK_ARG(tokens.size() <= 1 || tokens.strides(0) == sizeof(int64_t),
+                         "NgramIndex.extend: tokens: expected a contiguous int64 array [n], got a stride of ",
+                         tokens.strides(0), " bytes");
             const std::span<const int64_t> span(static_cast<const int64_t*>(tokens.data()),
                                                 static_cast<size_t>(tokens.size()));
             py::gil_scoped_release unlocked;

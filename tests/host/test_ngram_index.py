@@ -85,13 +85,28 @@ def test_sizes(sizes):
 
 
 @pytest.mark.parametrize(
-    "tokens",
-    [np.zeros(3, np.int32), np.zeros(3), np.zeros((2, 2), np.int64), np.zeros(6, np.int64)[::2]],
-    ids=["int32", "float64", "two dimensions", "strided"],
+    ("tokens", "got"),
+    [
+        (np.zeros(3, np.int32), "int32 with 1 dimensions"),
+        (np.zeros(3, np.uint64), "uint64 with 1 dimensions"),
+        (np.zeros(3), "float64 with 1 dimensions"),
+        (np.zeros(3, np.dtype(np.int64).newbyteorder()), ">i8 with 1 dimensions"),
+        (np.zeros((2, 2), np.int64), "int64 with 2 dimensions"),
+        (np.zeros(6, np.int64)[::2], "a stride of 16 bytes"),
+        (np.zeros(6, np.int64)[::-1], "a stride of -8 bytes"),
+    ],
+    ids=["int32", "uint64", "float64", "byte order", "two dimensions", "strided", "reversed"],
 )
-def test_arrays_are_not_converted(tokens):
-    with pytest.raises(ValueError, match="expected a contiguous int64 array"):
+def test_arrays_are_not_converted(tokens, got):
+    with pytest.raises(ValueError, match=f"expected a contiguous int64 array \\[n\\], got {got}$"):
         NgramIndex().extend(tokens)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.longlong, np.intp])
+def test_every_name_of_int64_is_int64(kind):
+    index = NgramIndex()
+    index.extend(np.array([1, 2, 1], dtype=kind))
+    assert index.propose(2).tolist() == [2, 1]
 
 
 def test_negative_k():
