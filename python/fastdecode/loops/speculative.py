@@ -129,19 +129,5 @@ def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verifie
             offset=context.offset,
             active=context.active,
         )
-    stats = ops.row_stats(target_logits, active=context.active)
-    verified = ops.verify_chain_greedy(draft.tokens, stats.argmax, draft.lens, active=context.active)
-    return _with_status(verified, stats.status) if bool(stats.status.any()) else verified
-
-
-def _with_status(verified: ops.Verified, row_status: Tensor) -> ops.Verified:
-    """Requests whose emitted tokens came to a row without an argmax (-1) end in error, as verify_chain has it."""
-    last = (verified.num_emitted.to(torch.int64) - 1).clamp(min=0).unsqueeze(1)
-    broken = (verified.num_emitted > 0) & (verified.tokens.gather(1, last)[:, 0] < 0)
-    status = torch.where(broken, row_status.gather(1, last)[:, 0], verified.status)
-    return ops.Verified(
-        verified.tokens.masked_fill(broken.unsqueeze(1), -1),
-        verified.num_accepted.masked_fill(broken, 0),
-        verified.num_emitted.masked_fill(broken, 0),
-        status,
-    )
+    argmax = ops.row_stats(target_logits, active=context.active).argmax
+    return ops.verify_chain_greedy(draft.tokens, argmax, draft.lens, active=context.active)
