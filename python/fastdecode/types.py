@@ -192,12 +192,6 @@ class Statistics:
         """Generated tokens over wall time, prompt included; 0 before the first."""
         return self.tokens / self.total_seconds if self.total_seconds > 0 else 0.0
 
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Generated tokens over the time after the prompt was read."""
-        seconds = self.total_seconds - self.seconds["prefill"]
-        return self.tokens / seconds if seconds > 0 else 0.0
-
     def count_pass(self, drafted: int, accepted: int, committed: int) -> None:
         """One request's share of one target pass."""
         while len(self.drafted_histogram) <= drafted:

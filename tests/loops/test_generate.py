@@ -97,7 +97,7 @@ def test_statistics_add_up():
         assert sum(statistics.accepted_histogram) == sum(statistics.drafted_histogram) == statistics.target_passes
         assert set(statistics.seconds) == {"prefill", "draft", "target", "verify", "other"}
         assert 0 < statistics.total_seconds <= total.total_seconds
-        assert statistics.tokens_per_second > 0 and statistics.decode_tokens_per_second > 0
+        assert statistics.tokens_per_second > 0
         assert len(statistics.acceptance_by_position) == len(statistics.drafted_histogram) - 1
 
 

@@ -50,7 +50,6 @@ def test_agrees_with_transformers_in_float64(checkpoint, name):
         -1
     ].abs().max()
     assert not torch.equal(out.hidden[LAYERS], out.hidden["final"])
-    assert model.num_parameters == sum(parameter.numel() for parameter in hf.parameters())
 
 
 @pytest.mark.parametrize("prepack", [True, False])

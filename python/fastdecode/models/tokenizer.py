@@ -40,11 +40,6 @@ class Tokenizer:
         except Exception as error:  # the Rust side raises plain Exception
             raise ValueError(f"Tokenizer.from_folder: {file}: expected a tokenizer, got: {error}") from error
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
-
     def encode(self, text: str) -> list[int]:
         """Ids of a text, after the file's post-processor (which adds BOS if the file says so)."""
         return self._backend.encode(text).ids
@@ -52,10 +47,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of these ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    def token_to_id(self, token: str) -> int | None:
-        """Id of a token as it is written in the vocabulary, or None."""
-        return self._backend.token_to_id(token)
 
     def stream(self, *, skip_special_tokens: bool = True) -> IncrementalDecoder:
         """A decoder for one text that arrives token by token."""
