@@ -196,4 +196,4 @@ def test_float32_leaves_transformers_only_at_near_ties(count):
         logits = model.forward(text, cache=model.new_cache(1, text.shape[1])).logits
         best = logits[0, -1].topk(2).values
         assert best[0] - best[1] < 1e-4
-    assert leaving <= 2
+    assert leaving <= (2 if count == 40 else 1)
