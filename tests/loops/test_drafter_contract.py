@@ -61,6 +61,29 @@ def test_an_id_outside_the_vocabulary_before_a_broken_row():
     assert result.finish_reason == "error" and all(token >= 0 for token in result.tokens)
 
 
+@pytest.mark.parametrize("rule", ["greedy", "coupled", "ratio"])
+def test_any_strides_will_do(rule):
+    """An expanded token, every other length, a transposed law: what a drafter writes without thinking."""
+    law = torch.full((toys.VOCAB, 3, 2), 1 / toys.VOCAB, dtype=torch.float64).permute(2, 1, 0)
+
+    def say(context: Context, budget: list[int], dense: bool) -> Draft:
+        size = max(budget)
+        tokens = context.tokens.gather(1, context.lengths[:, None].long() - 1).expand(-1, size)
+        lens = torch.tensor([[most, 9] for most in budget], dtype=torch.int32)[:, 0]
+        given = Draft(tokens, lens, law[: len(budget), :size] if rule == "ratio" else None)
+        if not dense:
+            return given
+        probs = given.probs if given.probs is None else given.probs.contiguous()
+        return Draft(tokens.contiguous(), lens.contiguous(), probs)
+
+    options = {} if rule == "greedy" else {"temperature": 1.0, "rule": rule}
+    strided, dense = (
+        generate(TARGET, PROMPTS[:2], method=Own(lambda *a, d=d: say(*a, d)), draft_length=3, **options)
+        for d in (False, True)
+    )
+    assert [result.tokens for result in strided] == [result.tokens for result in dense]
+
+
 def draft(tokens: object = None, lens: object = None, probs: object = None) -> object:
     tokens = torch.zeros(1, 2, dtype=torch.int64) if tokens is None else tokens
     lens = torch.tensor([2], dtype=torch.int32) if lens is None else lens

@@ -112,16 +112,17 @@ def _check_field(drafter: str, name: str, value: Tensor, shape: list[Any], dtype
 
 def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verified:
     """Accept the drafts by the batch's rule; target_logits [B, K + 1, V]."""
+    tokens, lens = _dense(draft.tokens), _dense(draft.lens)
     if not context.greedy:
-        probs = draft.probs
+        probs = draft.probs if draft.probs is None else _dense(draft.probs)
         if probs is not None and probs.dtype != target_logits.dtype:
             # widened, not narrowed: rounding the draft's law after it was drawn from would bias the ratio
             dtype = torch.promote_types(probs.dtype, target_logits.dtype)
             probs, target_logits = probs.to(dtype), target_logits.to(dtype)
         return ops.verify_chain(
-            draft.tokens,
+            tokens,
             probs,
-            draft.lens,
+            lens,
             target_logits=target_logits,
             rule=context.rule,
             **context.filter_arguments(),
@@ -130,4 +131,10 @@ def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verifie
             active=context.active,
         )
     argmax = ops.row_stats(target_logits, active=context.active).argmax
-    return ops.verify_chain_greedy(draft.tokens, argmax, draft.lens, active=context.active)
+    return ops.verify_chain_greedy(tokens, argmax, lens, active=context.active)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The ops want the last dimension contiguous; a drafter may well propose an expanded token."""
+    # not .contiguous(), which leaves an empty tensor as it is
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
