@@ -39,8 +39,9 @@ class Row:
             tokens are not promised (rule ratio under sampling) and for peers.
         tokens_per_pass: tokens a request gained per target pass.
         passes: target passes after the prompts, over all prompts.
-        tokens_per_s: median over the timed runs of generated tokens per second of wall time, prompt included.
-        spread: 10th and 90th percentile of the same.
+        tokens_per_s: generated tokens over wall time, prompts included, all prompts together, each with the median time
+            of its runs.
+        spread: 10th and 90th percentile of the single runs' tokens per second.
         distinct_4gram: different 4-grams over all 4-grams of the generated tokens, mean over prompts.
     """
 
@@ -82,7 +83,7 @@ class _Entrant:
     guarantee: str
     run: Callable[[int, int], _Run]
     threads: int
-    rates: list[float] = field(default_factory=list)
+    timings: dict[int, list[tuple[int, float]]] = field(default_factory=dict)  # group -> tokens, seconds
     runs: list[_Run] = field(default_factory=list)
 
 
@@ -321,7 +322,7 @@ def _time(entrants: Sequence[_Entrant], group: int, max_new_tokens: int, *, firs
             start = perf_counter()
             run = entrant.run(group, max_new_tokens)
             seconds = perf_counter() - start
-            entrant.rates.append(sum(map(len, run.tokens)) / seconds)
+            entrant.timings.setdefault(group, []).append((sum(map(len, run.tokens)), seconds))
             if first and visit == 0:
                 entrant.runs.append(run)
 
@@ -329,14 +330,17 @@ def _time(entrants: Sequence[_Entrant], group: int, max_new_tokens: int, *, firs
 def _row(entrant: _Entrant, same_as_plain: bool | None) -> Row:
     texts = [tokens for run in entrant.runs for tokens in run.tokens]
     passes = sum(run.request_passes for run in entrant.runs)
-    low, middle, high = np.percentile(entrant.rates, [10, 50, 90]).tolist()
+    rates = [tokens / seconds for visits in entrant.timings.values() for tokens, seconds in visits]
+    low, high = np.percentile(rates, [10, 90]).tolist()
+    medians = [np.median(visits, axis=0) for visits in entrant.timings.values()]
+    tokens, seconds = np.sum(medians, axis=0).tolist()
     return Row(
         method=entrant.name,
         guarantee=entrant.guarantee,
         same_as_plain=same_as_plain,
         tokens_per_pass=sum(map(len, texts)) / max(1, passes),
         passes=sum(run.passes for run in entrant.runs),
-        tokens_per_s=middle,
+        tokens_per_s=tokens / seconds,
         spread=(low, high),
         distinct_4gram=sum(map(distinct_ngrams, texts)) / len(texts),
     )

@@ -12,6 +12,9 @@ from torch import Tensor
 
 __all__ = ["Linear", "can_prepack"]
 
+# a pass over two tokens is still faster as `mm`, and leaves the second layout out of the processor's cache
+_PACKED_FROM = 3
+
 # oneDNN chooses its blocking for a number of rows; blocks for 6 serve 1 to 16 within a few percent of their own best
 _PACK_ROWS = 6
 
@@ -44,7 +47,7 @@ class Linear:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[M, K] -> a new tensor [M, N]; `residual` [M, N] is added and not changed."""
         weight_t = self._weight_t
-        if weight_t is None or (self._packed is not None and x.shape[0] != 1):
+        if weight_t is None or (self._packed is not None and x.shape[0] >= _PACKED_FROM):
             y = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, "none", [], "")
             return y if residual is None else y.add_(residual)
         if residual is None:
