@@ -53,7 +53,7 @@ void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType d
 
 void check_last_contiguous(const char* op, const char* name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  FD_CHECK_ARG(last < 0 || t.size(last) <= 1 || t.stride(last) == 1, op, ": ", name,
+  FD_CHECK_ARG(last < 0 || t.numel() == 0 || t.size(last) <= 1 || t.stride(last) == 1, op, ": ", name,
                ": expected a contiguous last dimension, got stride ", t.stride(last));
 }
 

@@ -1,8 +1,7 @@
-"""A weight matrix in the layouts that are fastest for few rows on this device.
+"""A weight matrix in the layout that is fastest for few rows on this device.
 
-Measured on one AVX-512 core with rotating weights (256 x 1536, microseconds, minimum): float32 M = 1: transposed `mm`
-29, `F.linear` 42, oneDNN packed 40; M = 6: 121, 170, 62. bfloat16 M = 1: `F.linear` 45, packed 28; M = 6: 60, 39. So
-float32 holds both layouts (twice the memory), bfloat16 only the packed one.
+On the CPU in float32 and float64 that is our own `linear` up to `_FEW_ROWS` rows, and torch's matrix product on the
+same packed weights beyond; in bfloat16 oneDNN's packed layout. Everywhere else it is a plain product.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.gemv import pack_weight
+
 __all__ = ["Linear", "can_prepack"]
 
-# a pass over two tokens is still faster as `mm`, and leaves the second layout out of the processor's cache
-_PACKED_FROM = 3
+# beyond this many rows a prompt is being read, where torch's blocked product wins
+_FEW_ROWS = 16
 
 # oneDNN chooses its blocking for a number of rows; blocks for 6 serve 1 to 16 within a few percent of their own best
 _PACK_ROWS = 6
@@ -25,42 +26,45 @@ class Linear:
     Args:
         weight: [N, K], in the compute dtype, on its device.
         bias: [N] or None.
-        prepack: also keep (float32) or only keep (bfloat16) the matrix in oneDNN's blocked layout, where it is
-            supported.
+        prepack: keep the matrix in a packed layout where there is one; False keeps it as it is.
     """
 
-    __slots__ = ("_bias", "_packed", "_weight_t", "in_features", "out_features")
+    __slots__ = ("_bias", "_blocked", "_panels", "_weight_t", "in_features", "out_features")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, prepack: bool = True) -> None:
         self.out_features, self.in_features = weight.shape
         self._bias = bias
-        self._packed = None
+        self._panels: Tensor | None = None  # of ops.linear
+        self._blocked: Tensor | None = None  # of oneDNN
         self._weight_t: Tensor | None = None
-        if prepack and can_prepack(weight.dtype, weight.device):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
-            if weight.dtype == torch.bfloat16:
-                return
-        # a product with one row reads W in memory order: columns first pays unless W is much wider than tall
-        tall = self.in_features <= 2 * self.out_features
-        self._weight_t = weight.t().contiguous() if tall else weight.contiguous().t()
+        if prepack and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+            self._panels = pack_weight(weight)
+        elif prepack and can_prepack(weight.dtype, weight.device):
+            self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
+        else:
+            self._weight_t = weight.contiguous().t()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[M, K] -> a new tensor [M, N]; `residual` [M, N] is added and not changed."""
-        weight_t = self._weight_t
-        if weight_t is None or (self._packed is not None and x.shape[0] >= _PACKED_FROM):
-            y = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, "none", [], "")
-            return y if residual is None else y.add_(residual)
-        if residual is None:
-            return torch.mm(x, weight_t) if self._bias is None else torch.addmm(self._bias, x, weight_t)
-        y = torch.addmm(residual, x, weight_t)
-        return y if self._bias is None else y.add_(self._bias)
+        panels = self._panels
+        if panels is not None and x.shape[0] <= _FEW_ROWS:
+            return torch.ops.fastdecode.linear.default(x, panels, self.out_features, self._bias, residual)
+        if panels is not None:
+            y = torch.matmul(x, panels).transpose(0, 1).reshape(x.shape[0], -1)[:, : self.out_features]
+            y = y if self._bias is None else y + self._bias
+        elif self._blocked is not None:
+            y = torch.ops.mkldnn._linear_pointwise.default(x, self._blocked, self._bias, "none", [], "")
+        else:
+            assert self._weight_t is not None
+            y = torch.mm(x, self._weight_t) if self._bias is None else torch.addmm(self._bias, x, self._weight_t)
+        return y.contiguous() if residual is None else y + residual
 
 
 def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this build of torch has oneDNN's packed linear for this dtype on this machine."""
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+    """Whether this build of torch has oneDNN's packed linear for bfloat16 on this machine."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
     ops = torch.ops.mkldnn
     if not (hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
         return False
-    return dtype == torch.float32 or bool(ops._is_mkldnn_bf16_supported())
+    return bool(ops._is_mkldnn_bf16_supported())

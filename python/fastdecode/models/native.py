@@ -78,8 +78,8 @@ class NativeModel:
             floating dtype; not changed.
         dtype: float32, bfloat16 or float64. Norms, rotary embedding and softmax sums are float32 or wider in any case.
         device: where the weights and caches live.
-        prepack: keep weights in oneDNN's packed layout too (CPU): several rows then cost about twice one row in float32
-            instead of four times, for twice the memory.
+        prepack: on the CPU, keep weights in the packed layout of `ops.linear` (float32, float64) or of oneDNN
+            (bfloat16).
     Raises:
         ValueError: another dtype; a missing, unexpected or mis-shaped tensor, by name.
     """
