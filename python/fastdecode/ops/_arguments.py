@@ -47,11 +47,13 @@ def per_request_rows(op: str, name: str, value: Tensor | None, like: Tensor) -> 
     return value.unsqueeze(0).expand(like.shape[0], -1) if value.dim() == 1 and like.dim() else value
 
 
-def check_devices(op: str, like: Tensor, **others: Tensor | None) -> None:
-    """For the fakes: what the adapters of a real device check themselves."""
-    for name, value in others.items():
-        if value is not None and value.device != like.device:
-            raise ValueError(f"{op}: {name}: expected {like.device}, got {value.device}")
+def check_devices(op: str, *arguments: object) -> None:
+    """For the fakes, given all arguments in the schema's order: what the adapters of a real device check themselves."""
+    schema, like = getattr(torch.ops.fastdecode, op).default._schema, arguments[0]
+    assert isinstance(like, Tensor)
+    for argument, value in zip(schema.arguments, arguments, strict=True):
+        if isinstance(value, Tensor) and value.device != like.device:
+            raise ValueError(f"{op}: {argument.name}: expected {like.device}, got {value.device}")
 
 
 def filters(

@@ -44,6 +44,6 @@ def linear(
 
 
 @torch.library.register_fake("fastdecode::linear")
-def _(x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    check_devices("linear", x, weight=weight, bias=bias, residual=residual)
+def _(x: Tensor, weight: Tensor, out_features: int, *others: object) -> Tensor:
+    check_devices("linear", x, weight, out_features, *others)
     return x.new_empty((x.shape[0], out_features))

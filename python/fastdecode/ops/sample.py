@@ -63,8 +63,8 @@ def row_stats(logits: Tensor, *, active: Tensor | None = None) -> RowStats:
 
 
 @torch.library.register_fake("fastdecode::row_stats")
-def _(logits: Tensor, active: Tensor | None) -> tuple[Tensor, ...]:
-    check_devices("row_stats", logits, active=active)
+def _(logits: Tensor, *others: object) -> tuple[Tensor, ...]:
+    check_devices("row_stats", logits, *others)
 
     def new(dtype: torch.dtype) -> Tensor:
         return logits.new_empty(logits.shape[:-1], dtype=dtype)
@@ -115,31 +115,8 @@ def target_probs(
 
 
 @torch.library.register_fake("fastdecode::target_probs")
-def _(
-    logits: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    bias: Tensor | None,
-    ban_ids: Tensor | None,
-    min_lengths: Tensor | None,
-    offset: Tensor | None,
-    active: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "target_probs",
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        bias=bias,
-        ban_ids=ban_ids,
-        min_lengths=min_lengths,
-        offset=offset,
-        active=active,
-    )
+def _(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    check_devices("target_probs", logits, *others)
     probs = logits.new_empty(logits.shape, dtype=value_dtype(logits))
     return probs, logits.new_empty(logits.shape[:-1], dtype=torch.int32)
 
@@ -199,37 +176,8 @@ def sample(
 
 
 @torch.library.register_fake("fastdecode::sample")
-def _(
-    logits: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    bias: Tensor | None,
-    ban_ids: Tensor | None,
-    min_lengths: Tensor | None,
-    uniforms: Tensor | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    stream: int,
-    node: int,
-    active: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "sample",
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        bias=bias,
-        ban_ids=ban_ids,
-        min_lengths=min_lengths,
-        uniforms=uniforms,
-        seed=seed,
-        offset=offset,
-        active=active,
-    )
+def _(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    check_devices("sample", logits, *others)
     batch = logits.shape[:1]
     return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.int32)
 
@@ -288,34 +236,8 @@ def token_logprobs(
 
 
 @torch.library.register_fake("fastdecode::token_logprobs")
-def _(
-    logits: Tensor,
-    tokens: Tensor,
-    top: int,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    bias: Tensor | None,
-    ban_ids: Tensor | None,
-    min_lengths: Tensor | None,
-    offset: Tensor | None,
-    active: Tensor | None,
-) -> tuple[Tensor, ...]:
-    check_devices(
-        "token_logprobs",
-        logits,
-        tokens=tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        bias=bias,
-        ban_ids=ban_ids,
-        min_lengths=min_lengths,
-        offset=offset,
-        active=active,
-    )
+def _(logits: Tensor, tokens: Tensor, top: int, *others: object) -> tuple[Tensor, ...]:
+    check_devices("token_logprobs", logits, tokens, top, *others)
     rows, value = logits.shape[:-1], value_dtype(logits)
     return (
         logits.new_empty(rows, dtype=value),

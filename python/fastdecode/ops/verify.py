@@ -57,8 +57,8 @@ def verify_chain_greedy(
 
 
 @torch.library.register_fake("fastdecode::verify_chain_greedy")
-def _(draft_tokens: Tensor, target_ids: Tensor, draft_lens: Tensor | None, active: Tensor | None) -> tuple[Tensor, ...]:
-    check_devices("verify_chain_greedy", draft_tokens, target_ids=target_ids, draft_lens=draft_lens, active=active)
+def _(draft_tokens: Tensor, *others: object) -> tuple[Tensor, ...]:
+    check_devices("verify_chain_greedy", draft_tokens, *others)
     return _fake_verified(draft_tokens)
 
 
@@ -138,45 +138,8 @@ def verify_chain(
 
 
 @torch.library.register_fake("fastdecode::verify_chain")
-def _(
-    draft_tokens: Tensor,
-    draft_probs: Tensor | None,
-    draft_lens: Tensor | None,
-    target_logits: Tensor | None,
-    target_probs: Tensor | None,
-    rule: int,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    bias: Tensor | None,
-    ban_ids: Tensor | None,
-    min_lengths: Tensor | None,
-    uniforms: Tensor | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    active: Tensor | None,
-    emit_bonus: bool,
-) -> tuple[Tensor, ...]:
-    check_devices(
-        "verify_chain",
-        draft_tokens,
-        draft_probs=draft_probs,
-        draft_lens=draft_lens,
-        target_logits=target_logits,
-        target_probs=target_probs,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        bias=bias,
-        ban_ids=ban_ids,
-        min_lengths=min_lengths,
-        uniforms=uniforms,
-        seed=seed,
-        offset=offset,
-        active=active,
-    )
+def _(draft_tokens: Tensor, *others: object) -> tuple[Tensor, ...]:
+    check_devices("verify_chain", draft_tokens, *others)
     return _fake_verified(draft_tokens)
 
 
@@ -218,23 +181,8 @@ def commit(
 
 
 @torch.library.register_fake("fastdecode::commit")
-def _(
-    tokens: Tensor,
-    num_emitted: Tensor,
-    lengths: Tensor,
-    finished: Tensor,
-    max_lengths: Tensor | None,
-    stop_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "commit",
-        tokens,
-        num_emitted=num_emitted,
-        lengths=lengths,
-        finished=finished,
-        max_lengths=max_lengths,
-        stop_ids=stop_ids,
-    )
+def _(tokens: Tensor, num_emitted: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    check_devices("commit", tokens, num_emitted, *others)
     return torch.empty_like(num_emitted), torch.empty_like(num_emitted)
 
 
