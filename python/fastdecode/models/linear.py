@@ -29,10 +29,10 @@ class Linear:
         prepack: keep the matrix in a packed layout where there is one; False keeps it as it is.
     """
 
-    __slots__ = ("_bias", "_blocked", "_panels", "_weight_t", "in_features", "out_features")
+    __slots__ = ("_bias", "_blocked", "_panels", "_weight_t", "out_features")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, prepack: bool = True) -> None:
-        self.out_features, self.in_features = weight.shape
+        self.out_features = weight.shape[0]
         self._bias = bias
         self._panels: Tensor | None = None  # of ops.linear
         self._blocked: Tensor | None = None  # of oneDNN
