@@ -1,4 +1,4 @@
-"""Shared pieces of the op tests: hostile inputs, bit comparisons, error bounds, chi-square."""
+"""Shared pieces of the op tests: hostile inputs, bit comparisons, error bounds."""
 
 from __future__ import annotations
 
@@ -137,25 +137,6 @@ def assert_as_good_as_torch(got: Tensor, exact: np.ndarray, plain: Tensor, what:
         f"{what}: error {error[worst]:.3g} over bound {bound[worst]:.3g} (torch {np.nanmax(their_error):.3g}) "
         f"at value {exact[worst]:.17g}"
     )
-
-
-def chi_square_z(counts: np.ndarray, probs: np.ndarray, min_expected: float = 10.0) -> float:
-    """Chi-square over bins pooled to `min_expected`, as a standard normal deviate (Wilson and Hilferty)."""
-    counts, probs = counts.astype(np.float64), np.asarray(probs, dtype=np.float64)
-    assert (counts[probs == 0] == 0).all(), "a draw of probability 0"
-    expected = probs * counts.sum()
-    order = np.argsort(expected)
-    bins: list[list[float]] = [[0.0, 0.0]]
-    for i in order:
-        if bins[-1][1] >= min_expected:
-            bins.append([0.0, 0.0])
-        bins[-1][0] += counts[i]
-        bins[-1][1] += expected[i]
-    table = np.array(bins)
-    statistic = ((table[:, 0] - table[:, 1]) ** 2 / table[:, 1]).sum()
-    freedom = max(len(bins) - 1, 1)
-    spread = 2 / (9 * freedom)
-    return float(((statistic / freedom) ** (1 / 3) - (1 - spread)) / np.sqrt(spread))
 
 
 class _Recorder(TorchDispatchMode):

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import toys
-from drafters import ragged
 
 from fastdecode.drafters import Context, Drafter, StopRule
 from fastdecode.generation import generate
+from fastdecode.testing.drafters import ragged
+from fastdecode.testing.models import Broken
 from fastdecode.types import Draft
 
 TARGET = toys.table()
@@ -56,7 +57,7 @@ def test_an_id_outside_the_vocabulary_is_rejected(model, wrong, options):
 
 def test_an_id_outside_the_vocabulary_before_a_broken_row():
     """-1 is also what an op reports for a row without an argmax: the two are not equal."""
-    broken = toys.Broken(TARGET, marked=1, first=3)
+    broken = Broken(TARGET, marked=1, first=3)
     result = generate(broken, [1, 2], method=Own(lambda context, budget: ragged([[-1, -1][: budget[0]]])))
     assert result.finish_reason == "error" and all(token >= 0 for token in result.tokens)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import toys
-from drafters import Known
 
 from fastdecode.drafters import PromptLookup, SmallModel
 from fastdecode.generation import generate, stream
 from fastdecode.models import TabularLM, Tokenizer
+from fastdecode.testing.drafters import Known
+from fastdecode.testing.models import Broken, noisy
 
-CHAIN = toys.Chain()  # 0, 1, 2, ... 12, 0, 1, ...
+CHAIN = toys.chain()  # 0, 1, 2, ... 12, 0, 1, ...
 
 
 def along(prompt: list[int], n: int) -> list[int]:
@@ -30,7 +31,7 @@ def run(prompt: list[int], length: int = 4, model=CHAIN, **options):
 @pytest.mark.parametrize("kind", ["eos", "stop-id"])
 def test_an_end_in_any_slot_of_a_round(slot, kind):
     end = 1 + slot
-    model = toys.Chain(eos_token_ids=(end,)) if kind == "eos" else CHAIN
+    model = toys.chain(eos_token_ids=(end,)) if kind == "eos" else CHAIN
     result = run([0], model=model, stop_ids=[end] if kind == "stop-id" else None)
     assert result.tokens == along([0], slot + 1)
     assert (result.finish_reason, result.stop) == ("stop", end)
@@ -39,7 +40,7 @@ def test_an_end_in_any_slot_of_a_round(slot, kind):
 
 
 def test_ignore_eos_keeps_stop_ids():
-    model = toys.Chain(eos_token_ids=(3,))
+    model = toys.chain(eos_token_ids=(3,))
     assert run([0], model=model, ignore_eos=True).tokens == along([0], 12)
     assert run([0], model=model, ignore_eos=True, stop_ids=[5]).tokens == along([0], 5)
 
@@ -66,13 +67,13 @@ def test_the_context_is_a_cap(method):
 
 @pytest.mark.parametrize("least", range(1, 8))
 def test_ends_are_forbidden_below_min_new_tokens(least):
-    model = toys.Chain(eos_token_ids=(3,))
+    model = toys.chain(eos_token_ids=(3,))
     plain = generate(model, [0], min_new_tokens=least, max_new_tokens=12)
     assert len(plain.tokens) >= least
     assert 3 not in plain.tokens[: least - 1]
     for options in ({}, {"temperature": 0.8}):
         expected = generate(model, [0], min_new_tokens=least, max_new_tokens=12, stop_ids=[5], **options)
-        for drafter in (Known([[0, *along([0], 40)]], toys.VOCAB), SmallModel(toys.noisy(model)), PromptLookup()):
+        for drafter in (Known([[0, *along([0], 40)]], toys.VOCAB), SmallModel(noisy(model)), PromptLookup()):
             result = generate(
                 model, [0], method=drafter, min_new_tokens=least, max_new_tokens=12, stop_ids=[5], **options
             )
@@ -157,10 +158,10 @@ def test_streamed_pieces_are_the_result(stop, method):
 )
 def test_a_request_in_error_leaves_the_others_alone(method, options):
     target = toys.table()
-    broken = toys.Broken(target, marked=9, first=5)
+    broken = Broken(target, marked=9, first=5)
     prompts = [[1, 2], [9, 3], [4, 5, 6]]
     if method == "speculative":
-        options = {**options, "draft_model": toys.noisy(target), "draft_length": 3}
+        options = {**options, "draft_model": noisy(target), "draft_length": 3}
     alone = generate(target, prompts, method=method, max_new_tokens=12, **options)
     results = generate(broken, prompts, method=method, max_new_tokens=12, **options)
     assert [results[i].tokens for i in (0, 2)] == [alone[i].tokens for i in (0, 2)]
@@ -189,7 +190,7 @@ def test_cache_and_text_agree_after_every_round():
         return real(tokens, cache=cache, **options)
 
     target.forward = watch  # type: ignore[method-assign]
-    result = generate(target, [1, 2, 3], method=SmallModel(toys.noisy(toys.table())), max_new_tokens=20)
+    result = generate(target, [1, 2, 3], method=SmallModel(noisy(toys.table())), max_new_tokens=20)
     text = [1, 2, 3, *result.tokens]
     for cached, root in seen[1:]:  # the first is the prefill
         assert [*cached, root] == text[: len(cached) + 1]

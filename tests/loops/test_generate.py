@@ -13,10 +13,11 @@ from fastdecode.drafters import SmallModel
 from fastdecode.generation import generate, splitmix64, stream
 from fastdecode.methods import METHODS, find_method
 from fastdecode.policies import ConfidenceStop, FixedLength
+from fastdecode.testing.models import noisy
 from fastdecode.types import Result, Results
 
 TARGET = toys.table(eos_token_ids=(11,))
-DRAFT = toys.noisy(TARGET)
+DRAFT = noisy(TARGET)
 LETTERS = toys.letters("abcdefghijklm")
 BEGINNING = toys.letters("abcdefghijklm", begin=[0])  # its encode adds a begin-of-text id
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import toys
-from drafters import Known, Random
 
 from fastdecode import Rule, Stream, ops
 from fastdecode.drafters import Drafter, PromptLookup, SmallModel
 from fastdecode.generation import generate
 from fastdecode.loops import Batch
 from fastdecode.policies import ConfidenceStop
+from fastdecode.testing.drafters import Known, Random
+from fastdecode.testing.models import Broken, noisy
 from fastdecode.types import SamplingParams
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 5, 6], [0, 0], [9, 1, 9, 1, 9], [12], [3, 2, 1], [7, 7, 7, 7, 7, 7, 7, 7]]
@@ -26,7 +27,7 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.95}
 def models(kind: str) -> tuple:
     if kind == "table":
         target = toys.table(eos_token_ids=(11,))
-        return target, toys.noisy(target)
+        return target, noisy(target)
     return toys.native(), toys.native(noise=0.15)
 
 
@@ -172,7 +173,7 @@ def test_bans_by_position_end_inside_a_draft():
 
 
 def test_a_request_that_outgrows_the_draft_models_context_goes_on_without_drafts():
-    target, draft = models("table")[0], toys.noisy(models("table")[0], max_context=10)
+    target, draft = models("table")[0], noisy(models("table")[0], max_context=10)
     prompts = [[1, 2, 3], list(range(11))]
     expected = generate(target, prompts, max_new_tokens=20, ignore_eos=True)
     results = generate(target, prompts, method="speculative", draft_model=draft, max_new_tokens=20, ignore_eos=True)
@@ -183,7 +184,7 @@ def test_a_request_that_outgrows_the_draft_models_context_goes_on_without_drafts
 def test_a_broken_draft_model_harms_nobody():
     target, draft = models("table")
     expected = generate(target, PROMPTS, max_new_tokens=10, **SAMPLED)
-    broken = toys.Broken(draft, marked=4, first=3)
+    broken = Broken(draft, marked=4, first=3)
     results = generate(target, PROMPTS, method=SmallModel(broken), max_new_tokens=10, **SAMPLED)
     assert [result.tokens for result in results] == [result.tokens for result in expected]
     results = generate(target, PROMPTS, method=SmallModel(broken), max_new_tokens=10, rule="ratio", **SAMPLED)
@@ -195,7 +196,7 @@ def test_own_drafter_needs_one_method():
         """The last token again, once."""
 
         def propose(self, context, budget, stop):
-            from drafters import ragged
+            from fastdecode.testing.drafters import ragged
 
             return ragged(
                 [row[n - 1 : n].tolist()[:most] for row, n, most in zip(context.array, context.host_lengths, budget)]

@@ -7,17 +7,18 @@ import itertools
 import numpy as np
 import pytest
 import toys
-from drafters import Discarding, Known
 
-import support
 from fastdecode.drafters import Drafter, PromptLookup, SmallModel
 from fastdecode.generation import generate
 from fastdecode.policies import ConfidenceStop
+from fastdecode.testing import chi_square_z
+from fastdecode.testing.drafters import Discarding, Known
+from fastdecode.testing.models import noisy
 
 V, NEW, DRAWS, BATCH = 4, 3, 20_000, 2_000
 PROMPT = [1, 2]
 TARGET = toys.table(V, order=2, seed=3)
-DRAFT = toys.noisy(TARGET, noise=1.2)
+DRAFT = noisy(TARGET, noise=1.2)
 
 
 def exact_law(temperature: float, min_new: int, eos: int | None) -> np.ndarray:
@@ -66,22 +67,22 @@ def counts(drafter: Drafter, length: int, temperature: float, **options: object)
     ids=["small-model", "prompt-lookup", "fixed"],
 )
 def test_law_is_the_targets(drafter):
-    z = support.chi_square_z(counts(drafter, 2, 0.8).ravel(), exact_law(0.8, 0, None).ravel())
+    z = chi_square_z(counts(drafter, 2, 0.8).ravel(), exact_law(0.8, 0, None).ravel())
     assert z < 4, f"z = {z:.1f}"
 
 
 def test_law_with_stopping_by_confidence():
     found = counts(SmallModel(DRAFT), 3, 1.0, policy=ConfidenceStop(3, 0.5))
-    z = support.chi_square_z(found.ravel(), exact_law(1.0, 0, None).ravel())
+    z = chi_square_z(found.ravel(), exact_law(1.0, 0, None).ravel())
     assert z < 4, f"z = {z:.1f}"
 
 
 def test_law_with_an_end_that_is_banned_for_two_tokens():
     found = counts(SmallModel(DRAFT), 2, 1.0, stop_ids=[3], min_new_tokens=2)
-    z = support.chi_square_z(found.ravel(), exact_law(1.0, 2, 3).ravel())
+    z = chi_square_z(found.ravel(), exact_law(1.0, 2, 3).ravel())
     assert z < 4, f"z = {z:.1f}"
 
 
 def test_taking_drawn_tokens_back_is_caught():
-    z = support.chi_square_z(counts(Discarding(DRAFT), 2, 1.0).ravel(), exact_law(1.0, 0, None).ravel())
+    z = chi_square_z(counts(Discarding(DRAFT), 2, 1.0).ravel(), exact_law(1.0, 0, None).ravel())
     assert z > 8, f"z = {z:.1f}: the negative control passes"

@@ -10,12 +10,12 @@ from functools import cache
 
 import pytest
 import torch
-from drafters import Known, Random
 
 import fastdecode
 from fastdecode.drafters import Drafter, PromptLookup, SmallModel
 from fastdecode.generation import CHECKPOINTS
 from fastdecode.models import NativeModel, Tokenizer
+from fastdecode.testing.drafters import Known, Random
 from fastdecode.train import prompts
 
 NEW = 32

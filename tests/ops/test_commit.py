@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdecode
-from reference import verify as reference
+from fastdecode.testing.reference import verify as reference
 from support import assert_same, check_op, generator, views
 
 I32 = torch.int32

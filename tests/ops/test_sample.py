@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-import law
-from reference import rng
-from reference import sample as reference
+from fastdecode.testing import chi_square_z, law
+from fastdecode.testing.reference import rng
+from fastdecode.testing.reference import sample as reference
 from support import (
     DTYPES,
     ROW_KINDS,
     SIZES,
     assert_same,
     check_op,
-    chi_square_z,
     compute_dtype,
     generator,
     raises,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference import sample as reference
+from fastdecode.testing.reference import sample as reference
 from support import (
     DTYPES,
     ROW_KINDS,

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import fastdecode
-from reference import rng
-from reference import verify as reference
-from support import DTYPES, assert_same, check_op, chi_square_z, compute_dtype, generator, raises, same_bits, views
+from fastdecode.testing import chi_square_z
+from fastdecode.testing.reference import rng
+from fastdecode.testing.reference import verify as reference
+from support import DTYPES, assert_same, check_op, compute_dtype, generator, raises, same_bits, views
 
 # Decisions closer than this may turn with the rounding of the compute dtype (softmax, p - q, log).
 MARGIN = {torch.float64: 1e-5, torch.float32: 1e-4}

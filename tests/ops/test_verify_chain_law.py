@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-import law
-from reference import sample as sample_reference
+from fastdecode.testing import law
+from fastdecode.testing.reference import sample as sample_reference
 
 ROOT = Path(__file__).parents[2]
 EXACT, VISIBLE = 1e-12, 1e-3  # error of a right law in float64; what every wrong variant must exceed

@@ -57,7 +57,7 @@ def row_stats(logits: Tensor, *, active: Tensor | None = None) -> RowStats:
         Does not synchronise.
     Raises:
         ValueError: wrong rank, dtype, layout or device.
-    Reference: tests/reference/sample.py.
+    Reference: fastdecode.testing.reference.sample.
     """
     return RowStats(*torch.ops.fastdecode.row_stats.default(logits, _active("row_stats", active, logits)))
 
@@ -102,7 +102,7 @@ def target_probs(
         the row, 2 = no id left; the row's probs are then 0. Does not synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device; offset without min_lengths.
-    Reference: tests/reference/sample.py.
+    Reference: fastdecode.testing.reference.sample.
     """
     return TargetProbs(
         *torch.ops.fastdecode.target_probs.default(
@@ -159,7 +159,7 @@ def sample(
         left. Does not synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device; both or neither of uniforms and seed.
-    Reference: tests/reference/sample.py.
+    Reference: fastdecode.testing.reference.sample.
     """
     return Sampled(
         *torch.ops.fastdecode.sample.default(
@@ -218,7 +218,7 @@ def token_logprobs(
         synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device; filters without filtered=True.
-    Reference: tests/reference/sample.py.
+    Reference: fastdecode.testing.reference.sample.
     """
     given = filters("token_logprobs", logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths)
     if not filtered and any(value is not None for value in given):

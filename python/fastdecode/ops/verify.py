@@ -44,7 +44,7 @@ def verify_chain_greedy(
         Does not synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype or device.
-    Source: Stern et al. 2018, "verify" substep. Reference: tests/reference/verify.py.
+    Source: Stern et al. 2018, "verify" substep. Reference: fastdecode.testing.reference.verify.
     """
     return Verified(
         *torch.ops.fastdecode.verify_chain_greedy.default(
@@ -117,7 +117,7 @@ def verify_chain(
         outside the vocabulary is rejected, or is a mismatch. Does not synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device; arguments that conflict or that the rule does not use.
-    Source: Leviathan et al. 2023, Chen et al. 2023. Reference: tests/reference/verify.py.
+    Source: Leviathan et al. 2023, Chen et al. 2023. Reference: fastdecode.testing.reference.verify.
     """
     return Verified(
         *torch.ops.fastdecode.verify_chain.default(
@@ -166,7 +166,7 @@ def commit(
         1 stop id, 2 length; stop wins where both hold. Does not synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device.
-    Reference: tests/reference/verify.py.
+    Reference: fastdecode.testing.reference.verify.
     """
     return Committed(
         *torch.ops.fastdecode.commit.default(

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reference import rng, sample
-from reference.sample import NAN, NO_MASS, REAL, UNMAPPED, Row
+from . import rng, sample
+from .sample import NAN, NO_MASS, REAL, UNMAPPED, Row
+
+__all__ = [
+    "BAD_LENGTH",
+    "RESIDUAL_FALLBACK",
+    "ZERO_DRAFT_PROB",
+    "Randomness",
+    "Result",
+    "Verified",
+    "commit",
+    "coupled_chain",
+    "ratio_chain",
+    "row_from_probs",
+    "verify_chain",
+    "verify_chain_greedy",
+]
 
 ZERO_DRAFT_PROB, RESIDUAL_FALLBACK, BAD_LENGTH = 8, 16, 32
 
 
 @dataclass
 class Result:
+    """What one request emits."""
+
     tokens: list[int]
     num_accepted: int
     status: int
@@ -32,17 +50,20 @@ class Randomness:
     offset: int = 0
 
     def acceptance(self, i: int) -> float:
+        """Accepts draft i."""
         if self.uniforms is not None:
             return float(self.uniforms[i])
         return rng.acceptance_uniform(self.seed, self.offset, slot=i + 1)
 
     def final(self, weights: np.ndarray, scores: np.ndarray, stream: int, node: int) -> tuple[int, float]:
+        """The last token and the margin of its draw, from a row of weights, or of their logs in the compute dtype."""
         if self.uniforms is not None:
             return sample.inverse_cdf(weights, float(self.uniforms[-1]))
         return sample.race(scores, rng.row_noise(self.seed, self.offset, weights.size, stream, node))
 
 
 def row_from_probs(probs: np.ndarray, compute: type) -> Row:
+    """A row given as probabilities, used as they are."""
     with np.errstate(divide="ignore", invalid="ignore"):
         scores = np.log(probs.astype(compute))
     status = NAN if np.isnan(probs).any() or np.isposinf(probs).any() else 0 if (probs > 0).any() else NO_MASS
@@ -130,6 +151,8 @@ def coupled_chain(
 
 @dataclass(frozen=True)
 class Verified:
+    """The four outputs of a verification, and per request the margin of its closest decision."""
+
     tokens: np.ndarray
     num_accepted: np.ndarray
     num_emitted: np.ndarray
@@ -140,9 +163,8 @@ class Verified:
 def _collect(results: list[Result | None], width: int) -> Verified:
     """Pads; None is an inactive request. A request in error has no tokens and no counts."""
     batch = len(results)
-    out = Verified(
-        np.full((batch, width), -1, np.int64), *(np.zeros(batch, np.int32) for _ in range(3)), np.full(batch, np.inf)
-    )
+    counts = np.zeros((3, batch), np.int32)
+    out = Verified(np.full((batch, width), -1, np.int64), counts[0], counts[1], counts[2], np.full(batch, np.inf))
     for b, result in enumerate(results):
         if result is None:
             continue
@@ -165,11 +187,14 @@ def verify_chain(
     offset: Tensor | None = None,
     active: Tensor | None = None,
     emit_bonus: bool = True,
-    **filters,
+    **filters: Any,
 ) -> Verified:
+    """`fastdecode.ops.verify_chain`, request by request. Parameters are tensors; scalars do not broadcast."""
     batch, longest = draft_tokens.shape
     source = target_logits if target_logits is not None else target_probs
+    assert source is not None
     compute = sample.compute_dtype(source)
+    parameters = filters | ({"offset": offset} if filters.get("min_lengths") is not None else {})
     results: list[Result | None] = []
     for b in range(batch):
         length = longest if draft_lens is None else int(draft_lens[b])
@@ -185,20 +210,19 @@ def verify_chain(
             if target_logits is None:
                 made = row_from_probs(values, compute)
                 return made, made.weights
-            parameters = filters | ({"offset": offset} if filters.get("min_lengths") is not None else {})
             made = sample.law(values, sample.row_filters(b, i, **parameters), compute)
             return made, made.probs
 
-        random = (
-            Randomness(uniforms=uniforms[b].numpy())
-            if uniforms is not None
-            else Randomness(seed=int(seed[b]), offset=int(offset[b]))
-        )
+        if uniforms is not None:
+            random = Randomness(uniforms=uniforms[b].numpy())
+        else:
+            assert seed is not None and offset is not None
+            random = Randomness(seed=int(seed[b]), offset=int(offset[b]))
         draft = [int(x) for x in draft_tokens[b, :length]]
         if rule == "coupled":
             results.append(coupled_chain(draft, row, random, emit_bonus))
         else:
-            draft_row = None if draft_probs is None else lambda i, b=b: sample.numpy_row(draft_probs[b, i])
+            draft_row = None if draft_probs is None else lambda i, q=draft_probs[b]: sample.numpy_row(q[i])
             results.append(ratio_chain(draft, row, draft_row, random, compute, emit_bonus))
     return _collect(results, longest + 1)
 
@@ -206,6 +230,7 @@ def verify_chain(
 def verify_chain_greedy(
     draft_tokens: Tensor, target_ids: Tensor, draft_lens: Tensor | None = None, *, active: Tensor | None = None
 ) -> Verified:
+    """`fastdecode.ops.verify_chain_greedy`, request by request."""
     batch, longest = draft_tokens.shape
     results: list[Result | None] = []
     for b in range(batch):
@@ -231,7 +256,7 @@ def commit(
     max_lengths: Tensor | None = None,
     stop_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(num_committed, reason, lengths, finished); reasons: 0 none, 1 stop id, 2 length cap."""
+    """`fastdecode.ops.commit` on copies: (num_committed, reason, lengths, finished); 0 none, 1 stop id, 2 length."""
     batch, width = tokens.shape
     lengths, finished = lengths.clone(), finished.clone()
     num_committed, reason = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)

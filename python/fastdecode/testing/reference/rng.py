@@ -1,11 +1,29 @@
-"""Philox4x32-10 and the noise made from it, in NumPy (Salmon et al. 2011; docs: random-number contract).
+"""Philox4x32-10 and the noise made from it, in NumPy (Salmon et al. 2011).
 
-Written from the contract, not from the kernels: the golden files of tests/golden are produced here.
+The contract of the random numbers. Key: the request's 64-bit seed. Counter: (index >> 2, stream << 24 | node, offset
+low, offset high), of whose four words `index & 3` is taken. `index` is the token id for noise over a row, the slot for
+an acceptance (draft i stands in slot i + 1); `node` is the slot of the row that noise is drawn over; `offset` the
+absolute position of the token that the request's row 0 predicts.
+
+Written from the contract, not from the kernels.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+__all__ = [
+    "ACCEPT",
+    "BONUS",
+    "DRAFT",
+    "RESIDUAL",
+    "TOKEN",
+    "acceptance_uniform",
+    "gumbel",
+    "philox",
+    "row_noise",
+    "word",
+]
 
 # Streams of the contract: what a draw is for.
 TOKEN, DRAFT, ACCEPT, RESIDUAL, BONUS = 0, 1, 2, 3, 4

@@ -1,4 +1,7 @@
-"""Drafters that no one should use: they know the answer, know nothing, or always lie. And one that breaks the law."""
+"""Drafters that no one should use: they know the answer, know nothing, or always lie. And one that breaks the law.
+
+A noisy one, right now and then, is `SmallModel(testing.models.noisy(target))`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,28 @@ from collections.abc import Sequence
 
 import torch
 
-from fastdecode.drafters import Context, Drafter, SmallModel, StopRule
-from fastdecode.types import Draft
+from ..drafters import Context, Drafter, SmallModel, StopRule
+from ..types import Draft
+
+__all__ = ["Discarding", "Known", "Random", "ragged"]
 
 
 class Known(Drafter):
-    """Proposes what plain decoding will produce (`shift` 0), or always something else (`shift` 1..V-1)."""
+    """Perfect or adversarial: proposes what plain decoding will produce, or always something else.
+
+    Args:
+        texts: prompt and plain output of every request, in the order of the prompts.
+        vocab_size: V.
+        shift: 0 proposes the texts; 1..V-1 the same shifted by so many ids, of which none can be kept.
+    """
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int, shift: int = 0) -> None:
-        self.texts = list(texts)  # prompt and plain output of every request
+        self.texts = list(texts)
         self.vocab_size = vocab_size
         self.shift = shift
 
     def begin(self, context: Context) -> None:
+        """See `Drafter`, as are the other methods of this module."""
         self.rows = list(self.texts)
 
     def select(self, rows: Sequence[int]) -> None:

@@ -7,12 +7,36 @@ than themselves. One row at a time, sorted where the kernels select: slow and ob
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reference import rng
+from . import rng
+
+__all__ = [
+    "NAN",
+    "NO_MASS",
+    "REAL",
+    "UNMAPPED",
+    "Filters",
+    "Row",
+    "Stats",
+    "compute_dtype",
+    "draw",
+    "inverse_cdf",
+    "law",
+    "laws",
+    "numpy_row",
+    "race",
+    "row_filters",
+    "row_stats",
+    "rows_of",
+    "sample",
+    "target_probs",
+    "token_logprobs",
+]
 
 REAL = np.longdouble
 NAN, NO_MASS, UNMAPPED = 1, 2, 4
@@ -42,15 +66,18 @@ class Row:
 
     @property
     def probs(self) -> np.ndarray:
+        """Weights over their sum; zeros for a row in error."""
         total = self.weights.sum()
         return self.weights / total if total > 0 else self.weights
 
 
 def numpy_row(row: Tensor) -> np.ndarray:
+    """A tensor of any dtype as float64, which holds all of them exactly."""
     return row.detach().cpu().double().numpy()
 
 
 def compute_dtype(tensor: Tensor) -> type:
+    """What an op computes rows of this dtype in."""
     return np.float64 if tensor.dtype == torch.float64 else np.float32
 
 
@@ -61,7 +88,7 @@ def _broken(vocab_size: int, status: int, compute: type) -> Row:
 
 def law(row: np.ndarray, filters: Filters = Filters(), compute: type = np.float64) -> Row:
     """Logits + bias, bans, temperature, top-k, top-p, min-p; each filter sees the renormalised result before it."""
-    logits = row.astype(compute)
+    logits: np.ndarray = row.astype(compute)
     if filters.bias is not None:
         logits = logits + filters.bias.astype(compute)  # in the compute dtype, as the contract's z is
     logits = logits.copy()
@@ -75,7 +102,8 @@ def law(row: np.ndarray, filters: Filters = Filters(), compute: type = np.float6
     order = np.argsort(-logits, kind="stable")  # larger first, lower id first among equals
     order = order[np.isfinite(logits[order])]
     if filters.temperature <= 0:
-        weights, scores = np.zeros(vocab_size, REAL), np.full(vocab_size, -np.inf, compute)
+        weights = np.zeros(vocab_size, REAL)
+        scores: np.ndarray = np.full(vocab_size, -np.inf, compute)
         weights[order[0]], scores[order[0]] = 1, 0
         return Row(weights, scores, scores.astype(REAL), 0, np.inf)
 
@@ -153,24 +181,26 @@ def row_filters(
     b: int,
     i: int,
     *,
-    temperature=None,
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    bias=None,
-    ban_ids=None,
-    min_lengths=None,
-    offset=None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    bias: Tensor | None = None,
+    ban_ids: Tensor | None = None,
+    min_lengths: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Filters:
     """Parameters of request b, row i, from tensors [B] (or None)."""
 
-    def pick(value, off):
+    def pick(value: Tensor | None, off: float) -> Any:
         return off if value is None else value[b].item()
 
     bans = []
     for s in range(0 if ban_ids is None else ban_ids.shape[1]):
+        assert ban_ids is not None
         banned = int(ban_ids[b, s])
-        if banned >= 0 and (min_lengths is None or int(offset[b]) + i < int(min_lengths[b, s])):
+        held = min_lengths is None or offset is None or int(offset[b]) + i < int(min_lengths[b, s])
+        if banned >= 0 and held:
             bans.append(banned)
     row_bias = None if bias is None else numpy_row(bias if bias.dim() == 1 else bias[b])
     return Filters(pick(temperature, 1.0), pick(top_k, 0), pick(top_p, 1.0), pick(min_p, 0.0), row_bias, tuple(bans))
@@ -183,12 +213,13 @@ def rows_of(logits: Tensor) -> list[tuple[int, int, tuple]]:
     return [(b, i, (b, i)) for b in range(logits.shape[0]) for i in range(logits.shape[1])]
 
 
-def laws(logits: Tensor, **filters) -> dict[tuple, Row]:
+def laws(logits: Tensor, **filters: Any) -> dict[tuple, Row]:
+    """The law of every row, by index."""
     compute = compute_dtype(logits)
     return {at: law(numpy_row(logits[at]), row_filters(b, i, **filters), compute) for b, i, at in rows_of(logits)}
 
 
-def target_probs(logits: Tensor, **filters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def target_probs(logits: Tensor, **filters: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """probs (long double), status, margin of each row's filter decisions."""
     probs = np.zeros(tuple(logits.shape), REAL)
     status = np.zeros(tuple(logits.shape[:-1]), np.int32)
@@ -199,7 +230,14 @@ def target_probs(logits: Tensor, **filters) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def sample(
-    logits: Tensor, *, uniforms=None, seed=None, offset=None, stream: int = 0, node: int = 0, **filters
+    logits: Tensor,
+    *,
+    uniforms: Tensor | None = None,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    stream: int = 0,
+    node: int = 0,
+    **filters: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens, status, margin."""
     if filters.get("min_lengths") is not None:
@@ -209,6 +247,7 @@ def sample(
         if uniforms is not None:
             tokens[b], margin[b] = draw(row, uniform=float(uniforms[b]))
         else:
+            assert seed is not None and offset is not None
             tokens[b], margin[b] = draw(row, seed=int(seed[b]), offset=int(offset[b]), stream=stream, node=node)
         status[b] = row.status
     return tokens, status, margin
@@ -216,11 +255,13 @@ def sample(
 
 @dataclass(frozen=True)
 class Stats:
-    max: float
+    """See `row_stats`."""
+
+    max: float | np.longdouble
     argmax: int
-    second: float
-    logsumexp: float
-    entropy: float
+    second: float | np.longdouble
+    logsumexp: float | np.longdouble
+    entropy: float | np.longdouble
     status: int
 
 
@@ -239,7 +280,9 @@ def row_stats(row: np.ndarray) -> Stats:
     return Stats(largest, int(np.argmax(row)), second, logsumexp, entropy, 0)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, *, filtered: bool = False, top: int = 0, **filters):
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, *, filtered: bool = False, top: int = 0, **filters: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """logprobs (long double), top_ids, top_logprobs, status, margin; rows in error: 0, -1, 0."""
     lead = tuple(logits.shape[:-1])
     logprobs, status, margin = np.zeros(lead, REAL), np.zeros(lead, np.int32), np.full(lead, np.inf)

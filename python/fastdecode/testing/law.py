@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+__all__ = ["Law", "Model", "Outcome", "exact_law", "law_error", "random_model", "sequence_law", "speculative_law"]
+
 # outcome(case int64 [R], uniforms float64 [R, n]) -> int64 [R, m]: R independent rows of one op call.
 Outcome = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Law = dict[tuple[int, ...], float]
@@ -38,6 +40,17 @@ def exact_law(outcome: Outcome, num_uniforms: int, num_cases: int = 1, *, grid: 
     Coordinates are split in the order in which the op uses them, so that a coordinate's steps are seen in the outcome
     itself: two values of a coordinate are taken as equivalent when the op agrees at `probes` of the later ones. Steps
     narrower than the grid are still found when the values on their two sides differ (a threshold, an inverse CDF).
+
+    Args:
+        outcome: the op, on many rows at once: outcome(case, uniforms) -> int64 [R, m], where row r has the inputs of
+            case[r] (int64 [R]) and the uniforms uniforms[r] (float64 [R, num_uniforms], in [0, 1)). Rows must not
+            depend on each other, and a row's outcome on nothing but its case and its uniforms.
+        num_uniforms: how many uniforms a row takes, in the order in which the op uses them.
+        num_cases: how many different inputs there are.
+        grid: points per coordinate from which steps are searched; more find steps between equal outcomes.
+        seed: of the grid and the probes.
+    Returns:
+        one dictionary per case: outcome -> probability.
     """
     generator = np.random.default_rng(seed)
     case = np.arange(num_cases)
@@ -93,7 +106,8 @@ def exact_law(outcome: Outcome, num_uniforms: int, num_cases: int = 1, *, grid: 
 
 
 def law_error(left: Law, right: Law) -> float:
-    return max(abs(left.get(k, 0.0) - right.get(k, 0.0)) for k in left.keys() | right.keys())
+    """Largest difference of the probabilities of any outcome."""
+    return float(max(abs(left.get(k, 0.0) - right.get(k, 0.0)) for k in left.keys() | right.keys()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,8 +139,14 @@ def sequence_law(probs: Model, length: int, prefix: tuple[int, ...] = ()) -> Law
 
 
 def speculative_law(emitted: Sequence[tuple[float, Law]], probs: Model, length: int) -> Law:
-    """Joint law of the first `length` tokens when a round emits (weight of the draft, law of its padded tokens) and
-    the target continues alone."""
+    """Joint law of the first `length` tokens when one round verifies a draft and the target continues alone.
+
+    Args:
+        emitted: per draft that may be proposed, its probability and the law of the tokens that the round emits for it
+            (as from `exact_law`; negative ids are padding).
+        probs: the target's rows.
+        length: how many tokens to compare; longer emissions are cut.
+    """
     total: Law = defaultdict(float)
     for draft_weight, tokens_law in emitted:
         for tokens, weight in tokens_law.items():
