@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdecode.testing.reference import sample as reference
 
 # One past each vector width, tile border (2048) and block of the kernels; primes; the smallest.
 SIZES = (1, 2, 3, 7, 16, 17, 64, 65, 255, 256, 257, 2047, 2048, 2049, 4096, 5000)
@@ -137,6 +140,40 @@ def assert_as_good_as_torch(got: Tensor, exact: np.ndarray, plain: Tensor, what:
         f"{what}: error {error[worst]:.3g} over bound {bound[worst]:.3g} (torch {np.nanmax(their_error):.3g}) "
         f"at value {exact[worst]:.17g}"
     )
+
+
+# A filter decision closer than this to flipping may go either way by the rounding of float32 sums.
+NEAR_TIE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def check_target_probs(
+    ops: ModuleType, logits: Tensor, what: str, near_tie: dict[torch.dtype, float] = NEAR_TIE, **filters: Any
+) -> int:
+    """Compares a whole batch with the reference; returns how many rows were too close to a tie to compare."""
+    probs, status = ops.target_probs(logits, **filters)
+    want, want_status, margin = reference.target_probs(logits, **filters)
+    work = compute_dtype(logits.dtype)
+    assert probs.dtype == work and probs.shape == logits.shape and status.shape == logits.shape[:-1]
+    np.testing.assert_array_equal(status.numpy(), want_status, err_msg=what)
+    clear = margin > (1e-12 if what.startswith("flat") else near_tie[work])  # equal weights sum exactly everywhere
+    if (clear & (want_status == 0)).any():
+        kept = torch.from_numpy((want > 0)[clear])
+        got = probs[torch.from_numpy(clear)]
+        tiny = torch.from_numpy((want < 1e-30)[clear])  # float32 may flush what long double still holds
+        assert torch.equal((got > 0) & ~tiny, kept & ~tiny), f"{what}: other ids kept"
+        plain = torch.softmax(scaled(logits, **filters).masked_fill(torch.from_numpy(want <= 0), -torch.inf), -1)
+        assert_as_good_as_torch(got, want[clear], plain[torch.from_numpy(clear)].nan_to_num(), what)
+    return int((~clear).sum())
+
+
+def scaled(logits: Tensor, *, temperature: Tensor | None = None, bias: Tensor | None = None, **_: Any) -> Tensor:
+    """(logits + bias) / temperature as plain torch would write it; greedy rows are one-hot under the mask anyway."""
+    work = logits.to(compute_dtype(logits.dtype))
+    if bias is not None:
+        work = work + (bias if bias.dim() == 1 or logits.dim() == 2 else bias[:, None])
+    if temperature is not None:
+        work = work / torch.where(temperature > 0, temperature, 1).view(-1, *[1] * (logits.dim() - 1))
+    return work
 
 
 class _Recorder(TorchDispatchMode):

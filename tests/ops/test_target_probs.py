@@ -1,27 +1,21 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from fastdecode.testing.reference import sample as reference
 from support import (
     DTYPES,
     ROW_KINDS,
     SIZES,
-    assert_as_good_as_torch,
     assert_same,
     check_op,
-    compute_dtype,
+    check_target_probs,
     generator,
     raises,
     rows,
     same_bits,
     views,
 )
-
-# A filter decision closer than this to flipping may go either way by the rounding of float32 sums.
-NEAR_TIE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def filter_sets(batch: int, vocab_size: int) -> dict[str, dict]:
@@ -45,34 +39,6 @@ def filter_sets(batch: int, vocab_size: int) -> dict[str, dict]:
     }
 
 
-def check_against_reference(ops, logits: torch.Tensor, what: str, **filters) -> int:
-    """Compares a whole batch; returns how many rows were too close to a tie to compare."""
-    probs, status = ops.target_probs(logits, **filters)
-    want, want_status, margin = reference.target_probs(logits, **filters)
-    work = compute_dtype(logits.dtype)
-    assert probs.dtype == work and probs.shape == logits.shape and status.shape == logits.shape[:-1]
-    np.testing.assert_array_equal(status.numpy(), want_status, err_msg=what)
-    clear = margin > (1e-12 if what.startswith("flat") else NEAR_TIE[work])  # equal weights sum exactly everywhere
-    if (clear & (want_status == 0)).any():
-        kept = torch.from_numpy((want > 0)[clear])
-        got = probs[torch.from_numpy(clear)]
-        tiny = torch.from_numpy((want < 1e-30)[clear])  # float32 may flush what long double still holds
-        assert torch.equal((got > 0) & ~tiny, kept & ~tiny), f"{what}: other ids kept"
-        plain = torch.softmax(scaled(logits, **filters).masked_fill(torch.from_numpy(want <= 0), -torch.inf), -1)
-        assert_as_good_as_torch(got, want[clear], plain[torch.from_numpy(clear)].nan_to_num(), what)
-    return int((~clear).sum())
-
-
-def scaled(logits: torch.Tensor, *, temperature=None, bias=None, **_) -> torch.Tensor:
-    """(logits + bias) / temperature as plain torch would write it; greedy rows are one-hot under the mask anyway."""
-    work = logits.to(compute_dtype(logits.dtype))
-    if bias is not None:
-        work = work + (bias if bias.dim() == 1 or logits.dim() == 2 else bias[:, None])
-    if temperature is not None:
-        work = work / torch.where(temperature > 0, temperature, 1).view(-1, *[1] * (logits.dim() - 1))
-    return work
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", SIZES)
 def test_equals_reference(ops, vocab_size, dtype):
@@ -80,7 +46,7 @@ def test_equals_reference(ops, vocab_size, dtype):
     for kind in ROW_KINDS if vocab_size < 300 else ("normal", "ties", "near_tie"):
         logits = rows(kind, 5, vocab_size, dtype)
         for name, filters in filter_sets(5, vocab_size).items():
-            skipped += check_against_reference(ops, logits, f"{kind}, {name}", **filters)
+            skipped += check_target_probs(ops, logits, f"{kind}, {name}", **filters)
             compared += 5
     assert skipped <= 0.1 * compared  # top-p of 5000 ids ends among weights near 1e-6
 
@@ -94,8 +60,8 @@ def test_bias_and_bans(ops):
             bias[2, 1] = -torch.inf
             bans = torch.tensor([[0, -1], [-1, -1], [1, 1], [2, 0]])
             for chosen in ({"bias": bias}, {"bias": bias[3]}, {"ban_ids": bans}, {"bias": bias, "ban_ids": bans}):
-                check_against_reference(ops, logits, str(chosen.keys()), **chosen)
-                check_against_reference(
+                check_target_probs(ops, logits, str(chosen.keys()), **chosen)
+                check_target_probs(
                     ops,
                     logits,
                     str(chosen.keys()),
@@ -125,7 +91,7 @@ def test_min_lengths_hold_below_their_position(ops):
     assert (status == 0).all()
     for n in (1, 4):
         random_logits = rows("normal", 2 * n, 33, torch.float64).reshape(2, n, 33)
-        check_against_reference(
+        check_target_probs(
             ops,
             random_logits,
             "min_lengths",
@@ -221,7 +187,7 @@ def test_rows_are_independent(ops, check_rows_independent, dtype):
 def test_every_level_equals_the_reference(ops, cpu_level):
     logits = rows("normal", 5, 2500, torch.float32)
     for name, filters in filter_sets(5, 2500).items():
-        check_against_reference(ops, logits, f"{cpu_level}, {name}", **filters)
+        check_target_probs(ops, logits, f"{cpu_level}, {name}", **filters)
 
 
 def test_empty_batch(ops):

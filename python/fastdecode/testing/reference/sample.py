@@ -7,6 +7,7 @@ than themselves. One row at a time, sorted where the kernels select: slow and ob
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "Filters",
     "Row",
     "Stats",
+    "allowed_logits",
     "compute_dtype",
     "draw",
     "inverse_cdf",
@@ -34,8 +36,11 @@ __all__ = [
     "row_stats",
     "rows_of",
     "sample",
+    "shortest_prefix",
     "target_probs",
     "token_logprobs",
+    "topk_logits",
+    "typical",
 ]
 
 REAL = np.longdouble
@@ -52,6 +57,9 @@ class Filters:
     min_p: float = 0.0
     bias: np.ndarray | None = None  # [V], added to the logits
     bans: tuple[int, ...] = ()
+    bitmask: np.ndarray | None = None  # int32 [ceil(V / 32)], bit id & 31 of word id >> 5, 1 = allowed
+    typical_p: float = 1.0
+    order: str | int = "k_then_p"  # or "joint"
 
 
 @dataclass(frozen=True)
@@ -86,22 +94,40 @@ def _broken(vocab_size: int, status: int, compute: type) -> Row:
     return Row(np.zeros(vocab_size, REAL), nothing.astype(compute), nothing.astype(REAL), status, np.inf)
 
 
-def law(row: np.ndarray, filters: Filters = Filters(), compute: type = np.float64) -> Row:
-    """Logits + bias, bans, temperature, top-k, top-p, min-p; each filter sees the renormalised result before it."""
+def allowed_logits(row: np.ndarray, filters: Filters, compute: type) -> tuple[np.ndarray, int]:
+    """Logits + bias in the compute dtype, -inf where banned or masked; and the row's status.
+
+    NaN and +inf break the row wherever they stand, in forbidden ids too.
+    """
     logits: np.ndarray = row.astype(compute)
     if filters.bias is not None:
-        logits = logits + filters.bias.astype(compute)  # in the compute dtype, as the contract's z is
-    logits = logits.copy()
-    logits[list(filters.bans)] = -np.inf
-    vocab_size = logits.size
+        with np.errstate(invalid="ignore"):
+            logits = logits + filters.bias.astype(compute)
     if np.isnan(logits).any() or np.isposinf(logits).any():
-        return _broken(vocab_size, NAN, compute)
-    if not np.isfinite(logits).any():
-        return _broken(vocab_size, NO_MASS, compute)
+        return logits, NAN
+    ids = np.arange(logits.size)
+    allowed = ~np.isin(ids, filters.bans)
+    if filters.bitmask is not None:
+        words = filters.bitmask.astype(np.int64) & 0xFFFFFFFF  # the sign bit is id 31 of its word
+        allowed &= (words[ids >> 5] >> (ids & 31) & 1) == 1
+    logits = np.where(allowed, logits, compute(-np.inf))
+    return logits, 0 if np.isfinite(logits).any() else NO_MASS
+
+
+def law(row: np.ndarray, filters: Filters = Filters(), compute: type = np.float64) -> Row:
+    """Bias, bans, bitmask, temperature, top-k, top-p, min-p, typical; each filter renormalises what is left.
+
+    Order "joint": top-p looks at the law before top-k, and what both keep stays. min-p is relative to the most likely
+    id, which both keep, so it has one meaning.
+    """
+    logits, status = allowed_logits(row, filters, compute)
+    vocab_size = logits.size
+    if status:
+        return _broken(vocab_size, status, compute)
 
     order = np.argsort(-logits, kind="stable")  # larger first, lower id first among equals
     order = order[np.isfinite(logits[order])]
-    if filters.temperature <= 0:
+    if not filters.temperature > 0:
         weights = np.zeros(vocab_size, REAL)
         scores: np.ndarray = np.full(vocab_size, -np.inf, compute)
         weights[order[0]], scores[order[0]] = 1, 0
@@ -113,26 +139,55 @@ def law(row: np.ndarray, filters: Filters = Filters(), compute: type = np.float6
     exponent = (logits.astype(REAL) - REAL(largest)) / REAL(temperature)
     exact = np.exp(exponent)
     margin = np.inf
-    if 0 < filters.top_k < vocab_size:
-        order = order[: filters.top_k]
+    count = filters.top_k if 0 < filters.top_k < vocab_size else vocab_size
+    after_top_k = order[:count]
     if filters.top_p < 1:
         top_p = REAL(np.float32(filters.top_p))
-        before = np.cumsum(exact[order]) - exact[order]
-        keep = before < top_p * exact[order].sum()
-        keep[0] = True  # "the id that crosses p is kept": never an empty nucleus
-        margin = min(margin, float(np.abs(before / exact[order].sum() - top_p).min()))
-        order = order[keep]
+        seen = order if filters.order in ("joint", 1) else after_top_k
+        nucleus, margin = shortest_prefix(exact[seen], top_p)
+        order = seen[: min(count, nucleus)]
+    else:
+        order = after_top_k
     if filters.min_p > 0:
         min_p = REAL(np.float32(filters.min_p))
         relative = exact[order] / exact[order].max()
         keep = (relative >= min_p) | (relative == 1)  # the largest, and its ties, always stay
         margin = min(margin, float(np.abs(relative[relative < 1] / min_p - 1).min(initial=np.inf)))
         order = order[keep]
+    if filters.typical_p < 1:
+        order, closest = typical(exact, order, REAL(np.float32(filters.typical_p)))
+        margin = min(margin, closest)
     kept = np.zeros(vocab_size, bool)
     kept[order] = True
     weights = np.where(kept, exact, 0)
     logprobs = np.where(kept, exponent - np.log(weights.sum()), -np.inf)
     return Row(weights, np.where(kept, scores, -np.inf).astype(compute), logprobs, 0, margin)
+
+
+def shortest_prefix(weights: np.ndarray, mass: np.longdouble) -> tuple[int, float]:
+    """How many of these weights it takes to reach `mass` of their sum, at least one; distance of that decision."""
+    before = (np.cumsum(weights) - weights) / weights.sum()
+    keep = before < mass
+    keep[0] = True  # "the id that crosses is kept": never an empty nucleus
+    return int(keep.sum()), float(np.abs(before[1:] - mass).min(initial=np.inf))
+
+
+def typical(exact: np.ndarray, order: np.ndarray, mass: np.longdouble) -> tuple[np.ndarray, float]:
+    """Locally typical sampling (Meister et al. 2022, eq. 10): the ids whose surprise is nearest to the entropy.
+
+    exact: weights of all ids; order: those still in play. Returns the ids kept, and the margin: of the mass, and of the
+    order in which unequal ids stand around the last one kept.
+    """
+    ids = np.sort(order)
+    probs = exact[ids] / exact[ids].sum()
+    ids, probs = ids[probs > 0], probs[probs > 0]  # log of what underflows even here is not needed
+    surprise = -np.log(probs)
+    distance = np.abs(surprise - (probs * surprise).sum())
+    by_distance = np.argsort(distance, kind="stable")
+    ids, probs, distance = ids[by_distance], probs[by_distance], distance[by_distance]
+    count, margin = shortest_prefix(probs, mass)
+    around = np.abs(distance - distance[count - 1])[probs != probs[count - 1]]
+    return ids[:count], min(margin, float(around.min(initial=np.inf)))
 
 
 def inverse_cdf(weights: np.ndarray, uniform: float) -> tuple[int, float]:
@@ -181,19 +236,23 @@ def row_filters(
     b: int,
     i: int,
     *,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
     bias: Tensor | None = None,
     ban_ids: Tensor | None = None,
     min_lengths: Tensor | None = None,
     offset: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    typical_p: Tensor | float | None = None,
+    order: str | int = "k_then_p",
+    flat: int | None = None,
 ) -> Filters:
-    """Parameters of request b, row i, from tensors [B] (or None)."""
+    """Parameters of row i of request b; of those in a flat list of rows, the one at `flat`."""
 
-    def pick(value: Tensor | None, off: float) -> Any:
-        return off if value is None else value[b].item()
+    def pick(value: Tensor | float | None, off: float) -> Any:
+        return off if value is None else value[b].item() if isinstance(value, Tensor) else value
 
     bans = []
     for s in range(0 if ban_ids is None else ban_ids.shape[1]):
@@ -203,28 +262,48 @@ def row_filters(
         if banned >= 0 and held:
             bans.append(banned)
     row_bias = None if bias is None else numpy_row(bias if bias.dim() == 1 else bias[b])
-    return Filters(pick(temperature, 1.0), pick(top_k, 0), pick(top_p, 1.0), pick(min_p, 0.0), row_bias, tuple(bans))
+    if bitmask is not None and bitmask.dim() > 1:  # [B, W], [R, W] of flat rows, or [B, n, W]
+        bitmask = bitmask[b, i] if bitmask.dim() == 3 else bitmask[b if flat is None else flat]
+    return Filters(
+        temperature=pick(temperature, 1.0),
+        top_k=pick(top_k, 0),
+        top_p=pick(top_p, 1.0),
+        min_p=pick(min_p, 0.0),
+        bias=row_bias,
+        bans=tuple(bans),
+        bitmask=None if bitmask is None else bitmask.numpy(),
+        typical_p=pick(typical_p, 1.0),
+        order=order,
+    )
 
 
-def rows_of(logits: Tensor) -> list[tuple[int, int, tuple]]:
-    """(request, row within it, index) of every row of [B, V] or [B, n, V]."""
+def rows_of(logits: Tensor, row_start: Tensor | None = None) -> list[tuple[int, int, tuple]]:
+    """(request, row within it, index) of every row of [B, V] or [B, n, V], or of the owned rows of flat [R, V]."""
+    if row_start is not None:
+        starts = row_start.tolist()
+        return [(b, r - first, (r,)) for b, (first, end) in enumerate(pairwise(starts)) for r in range(first, end)]
     if logits.dim() == 2:
         return [(b, 0, (b,)) for b in range(logits.shape[0])]
     return [(b, i, (b, i)) for b in range(logits.shape[0]) for i in range(logits.shape[1])]
 
 
-def laws(logits: Tensor, **filters: Any) -> dict[tuple, Row]:
+def laws(logits: Tensor, row_start: Tensor | None = None, **filters: Any) -> dict[tuple, Row]:
     """The law of every row, by index."""
-    compute = compute_dtype(logits)
-    return {at: law(numpy_row(logits[at]), row_filters(b, i, **filters), compute) for b, i, at in rows_of(logits)}
+    compute, made = compute_dtype(logits), {}
+    for b, i, at in rows_of(logits, row_start):
+        chosen = row_filters(b, i, flat=None if row_start is None else at[0], **filters)
+        made[at] = law(numpy_row(logits[at]), chosen, compute)
+    return made
 
 
-def target_probs(logits: Tensor, **filters: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """probs (long double), status, margin of each row's filter decisions."""
+def target_probs(
+    logits: Tensor, *, row_start: Tensor | None = None, **filters: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """probs (long double), status, margin of each row's filter decisions; rows that no request owns: zeros."""
     probs = np.zeros(tuple(logits.shape), REAL)
     status = np.zeros(tuple(logits.shape[:-1]), np.int32)
     margin = np.full(tuple(logits.shape[:-1]), np.inf)
-    for at, row in laws(logits, **filters).items():
+    for at, row in laws(logits, row_start, **filters).items():
         probs[at], status[at], margin[at] = row.probs, row.status, row.margin
     return probs, status, margin
 
@@ -281,19 +360,25 @@ def row_stats(row: np.ndarray) -> Stats:
 
 
 def token_logprobs(
-    logits: Tensor, tokens: Tensor, *, filtered: bool = False, top: int = 0, **filters: Any
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    filtered: bool = False,
+    top: int = 0,
+    row_start: Tensor | None = None,
+    **filters: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """logprobs (long double), top_ids, top_logprobs, status, margin; rows in error: 0, -1, 0."""
+    """logprobs (long double), top_ids, top_logprobs, status, margin; rows in error or without owner: 0, -1, 0."""
     lead = tuple(logits.shape[:-1])
     logprobs, status, margin = np.zeros(lead, REAL), np.zeros(lead, np.int32), np.full(lead, np.inf)
-    top_ids, top_logprobs = np.full((*lead, top), -1, np.int64), np.full((*lead, top), -np.inf, REAL)
-    for b, i, at in rows_of(logits):
-        row = law(numpy_row(logits[at]), row_filters(b, i, **filters) if filtered else Filters(), compute_dtype(logits))
+    top_ids, top_logprobs = np.full((*lead, top), -1, np.int64), np.zeros((*lead, top), REAL)
+    rows = laws(logits, row_start, **(filters if filtered else {}))
+    for at, row in rows.items():
         token = int(tokens[at])
         status[at], margin[at] = row.status, row.margin
         if row.status:
-            top_logprobs[at] = 0
             continue
+        top_logprobs[at] = -np.inf
         values = row.logprobs
         order = np.argsort(-values, kind="stable")[:top]
         order = order[np.isfinite(values[order])]
@@ -303,3 +388,19 @@ def token_logprobs(
         elif token != -1:
             status[at] = UNMAPPED
     return logprobs, top_ids, top_logprobs, status, margin
+
+
+def topk_logits(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k largest logits of every row with their ids, and status; -inf and -1 where fewer are finite."""
+    lead = tuple(logits.shape[:-1])
+    values: np.ndarray = np.full((*lead, k), -np.inf, compute_dtype(logits))
+    ids = np.full((*lead, k), -1, np.int64)
+    status = np.zeros(lead, np.int32)
+    for _, _, at in rows_of(logits):
+        row, status[at] = allowed_logits(numpy_row(logits[at]), Filters(), compute_dtype(logits))
+        if status[at]:
+            continue
+        order = np.argsort(-row, kind="stable")[:k]
+        order = order[np.isfinite(row[order])]
+        ids[at][: order.size], values[at][: order.size] = order, row[order]
+    return values, ids, status
