@@ -1,19 +1,23 @@
 """The kernels as typed functions; `torch.ops.fastdecode.<name>` is the same with every argument positional."""
 
 from .gemv import linear, pack_weight
+from .logits import Penalized, apply_token_bitmask_, penalize
 from .sample import RowStats, Sampled, TargetProbs, TokenLogprobs, row_stats, sample, target_probs, token_logprobs
 from .verify import Committed, Verified, commit, verify_chain, verify_chain_greedy
 
 __all__ = [
     "Committed",
+    "Penalized",
     "RowStats",
     "Sampled",
     "TargetProbs",
     "TokenLogprobs",
     "Verified",
+    "apply_token_bitmask_",
     "commit",
     "linear",
     "pack_weight",
+    "penalize",
     "row_stats",
     "sample",
     "target_probs",
