@@ -49,6 +49,9 @@ def generate(
     min_p: float | Sequence[float | None] | None = None,
     bias: Tensor | Mapping[int, float] | None = None,
     ban_ids: Sequence[int] = (),
+    repetition_penalty: float | Sequence[float] = 1.0,
+    frequency_penalty: float | Sequence[float] = 0.0,
+    presence_penalty: float | Sequence[float] = 0.0,
     seed: int | None = None,
     seeds: Sequence[int] | None = None,
     stop: str | Sequence[str] | None = None,
@@ -82,6 +85,9 @@ def generate(
         top_k, top_p, min_p: filters, in this order, each on the renormalised result of the one before; None is off.
         bias: added to the logits, floating [V] or {id: value}.
         ban_ids: ids that are never produced.
+        repetition_penalty: for ids in prompt or output: divides a positive logit, multiplies another one; 1 is off.
+        frequency_penalty, presence_penalty: subtracted from an id's logit for each time the output holds it, and once
+            if it does; 0 is off. Speculation counts the drafts before each row, so that guarantees hold.
         seed: request i gets the seed splitmix64(seed, i); None is 0.
         seeds: one 64-bit seed per request, used as they are, instead of `seed`.
         stop: string or strings that end the text before them.
@@ -92,7 +98,8 @@ def generate(
         dtype: of the weights of the models that are read from folders; None is the default of `load_model`.
         **parameters: the method's own, see its entry in `fastdecode.METHODS`.
 
-        max_new_tokens, min_new_tokens, temperature, top_k, top_p and min_p may be lists with one value per prompt.
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, min_p and the penalties may be lists with one value
+        per prompt.
 
     Returns:
         Result for one prompt; for a list Results, a sequence of Result with the statistics of the batch.
@@ -294,7 +301,10 @@ def _ids(prompt: Prompt, tokenizer: Tokenizer | None, model: Model) -> list[int]
     return ids
 
 
-_PER_REQUEST = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
+_PER_REQUEST = (
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+)
 
 
 def _sampling(given: Mapping[str, Any], batch: int, vocab_size: int) -> list[SamplingParams]:

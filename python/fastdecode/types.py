@@ -49,6 +49,10 @@ class SamplingParams:
         top_k, top_p, min_p: filters, each on the renormalised result of the one before, in this order.
         bias: added to the logits: floating [V], or {id: value}; -inf forbids an id.
         ban_ids: ids that are never produced.
+        repetition_penalty: divides a positive logit of an id that prompt or output holds, multiplies another one; 1 is
+            off (Keskar et al. 2019). Penalties come before bias and filters, in the order of these three.
+        frequency_penalty: subtracted from an id's logit once for each time the output holds it; 0 is off (OpenAI).
+        presence_penalty: subtracted from an id's logit if the output holds it at all; 0 is off (OpenAI).
         seed: 64-bit key of the request's random numbers.
         max_new_tokens: most tokens to generate; the model's context may end a request earlier.
         min_new_tokens: end-of-text, stop ids and stop strings cannot end the request before this many tokens.
@@ -66,6 +70,9 @@ class SamplingParams:
     min_p: float | None = None
     bias: Tensor | Mapping[int, float] | None = None
     ban_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
     max_new_tokens: int = 128
     min_new_tokens: int = 0
@@ -80,6 +87,9 @@ class SamplingParams:
             ("top_k", self.top_k is None or _count(self.top_k, 2**31 - 1), f"None or an int 0..{2**31 - 1} (0 = off)"),
             ("top_p", self.top_p is None or (_within(self.top_p, 0, 1) and self.top_p > 0), "None, or in (0, 1]"),
             ("min_p", self.min_p is None or (_within(self.min_p, 0, 1) and self.min_p < 1), "None, or in [0, 1)"),
+            ("repetition_penalty", _finite(self.repetition_penalty, _SMALLEST_FLOAT32), "a finite float32 > 0"),
+            ("frequency_penalty", _finite(self.frequency_penalty), "a finite float32"),
+            ("presence_penalty", _finite(self.presence_penalty), "a finite float32"),
             ("seed", is_int(self.seed) and -(2**63) <= self.seed < 2**64, "an int of 64 bits"),
             ("max_new_tokens", _count(self.max_new_tokens), "an int >= 0"),
             ("stop", all(isinstance(string, str) and string for string in self.stop), "strings that are not empty"),
@@ -93,7 +103,7 @@ class SamplingParams:
         )
 
 
-_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+_LARGEST_FLOAT32, _SMALLEST_FLOAT32 = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -112,6 +122,10 @@ def _count(value: object, high: float = math.inf) -> bool:
 
 def _within(value: object, low: float, high: float) -> bool:
     return is_number(value) and low <= value <= high
+
+
+def _finite(value: object, low: float = -_LARGEST_FLOAT32) -> bool:
+    return _within(value, low, _LARGEST_FLOAT32)
 
 
 def _check(name: str, value: object, ok: bool, expected: str) -> None:

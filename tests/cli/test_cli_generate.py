@@ -95,6 +95,26 @@ def test_rules_and_their_guarantee(cli, shipped):
     assert tokens("--seed", "1") != plain
 
 
+def test_penalties(cli, shipped):
+    def tokens(*options):
+        value = json.loads(cli("generate", *SHORT, "--dtype", "float64", *options, "--json").out)
+        return value["results"][0]["tokens"]
+
+    free = tokens()
+    for flag, value in (("repetition", 1.5), ("frequency", 0.7), ("presence", 2.0)):
+        found = tokens(f"--{flag}-penalty", value)
+        assert found == tokens(f"--{flag}-penalty", value, "--method", "plain") != free
+        direct = fastdecode.generate(
+            shipped / "tiny-code",
+            "def quicksort(items):",
+            max_new_tokens=24,
+            ignore_eos=True,
+            dtype=torch.float64,
+            **{f"{flag}_penalty": value},
+        )
+        assert found == direct.tokens
+
+
 def test_logprobs(cli, shipped):
     result = json.loads(cli("generate", *SHORT, "--logprobs", "2", "--json").out)["results"][0]
     assert set(result) == RESULT | {"logprobs", "top_logprobs"}
@@ -150,6 +170,7 @@ ERRORS = [
     (("generate", "--temperature", "-1"), "temperature: expected a finite number >= 0"),
     (("generate", "--temperature", "hot"), "argument --temperature: invalid float value: 'hot'"),
     (("generate", "--temperature", "1e39"), "temperature: expected a finite number >= 0 (as float32), got 1e+39"),
+    (("generate", "--repetition-penalty", "0"), "repetition_penalty: expected a finite float32 > 0, got 0.0"),
     (("generate", "--top-k", "99999999999"), "top_k: expected None or an int 0..2147483647"),
     (("generate", "--top-p", "0"), "top_p"),
     (("generate", "--stop-id", "999"), "stop_ids: expected ids 0..256, got 999"),

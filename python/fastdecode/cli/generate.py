@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="on what the text holds")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="per time in the output")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="on what the output holds")
     parser.add_argument("--seed", type=int, metavar="N", help="default 0")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the text before it; may be repeated")
     parser.add_argument("--stop-id", action="append", type=int, metavar="ID", help="ends the text; may be repeated")
@@ -76,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         "stop_ids": arguments.stop_id,
     }
     for name in ("rule", "draft_length", "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"):
+        options[name] = getattr(arguments, name)
+    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
         options[name] = getattr(arguments, name)
     for name in ("seed", "stop", "ignore_eos", "logprobs"):
         options[name] = getattr(arguments, name)

@@ -14,7 +14,7 @@ from .. import ops
 from .._host import Rule, Stream
 from ..types import Draft, StepStats
 
-__all__ = ["Context", "Drafter", "Filters", "StopRule"]
+__all__ = ["Context", "Drafter", "Filters", "Penalties", "StopRule"]
 
 StopRule = Callable[[ops.RowStats], Tensor]
 """RowStats of the next draft row -> bool [B], True: draft no further.
@@ -52,6 +52,29 @@ class Filters:
         return Filters(**{name: value[rows] for name, value in self.arguments().items()})
 
 
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Penalties of a batch as `ops.penalize` takes them; None where no request uses one.
+
+    Attributes:
+        prompt_lengths: int32 [B].
+        repetition, presence, frequency: float32 [B].
+    """
+
+    prompt_lengths: Tensor
+    repetition: Tensor | None = None
+    presence: Tensor | None = None
+    frequency: Tensor | None = None
+
+    def arguments(self) -> dict[str, Tensor]:
+        """Keyword arguments for `ops.penalize`."""
+        return {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
+
+    def select(self, rows: Tensor) -> Penalties:
+        """The penalties of these requests."""
+        return Penalties(**{name: value[rows] for name, value in self.arguments().items()})
+
+
 class Context:
     """The requests of a running batch as drafters see them. Read only for drafters.
 
@@ -62,9 +85,10 @@ class Context:
         host_lengths: the same as Python ints.
         finished: bool [B].
         active: bool [B], None while no request has finished.
-        greedy: every request takes the plain argmax; seeds and filters are then not used.
+        greedy: every request takes the argmax of its (penalized) row; seeds and filters are then not used.
         rule: Rule.COUPLED or Rule.RATIO, when not greedy.
         filters: sampling filters.
+        penalties: applied to rows before the filters; None where no request has any.
         seeds: int64 [B].
         last: the round before this one, the target's output included, so that `propose` alone can use it (`commit` is
             given the same); None in the first round, and after requests have left the batch.
@@ -80,6 +104,7 @@ class Context:
         "host_lengths",
         "last",
         "lengths",
+        "penalties",
         "rule",
         "seeds",
         "tokens",
@@ -91,6 +116,7 @@ class Context:
         capacity: int,
         *,
         filters: Filters,
+        penalties: Penalties | None = None,
         seeds: Tensor,
         rule: Rule,
         greedy: bool,
@@ -106,6 +132,7 @@ class Context:
         self.greedy = greedy
         self.rule = rule
         self.filters = filters
+        self.penalties = penalties
         self.seeds = seeds
         self.last: StepStats | None = None
         self._arguments = filters.arguments()
@@ -120,7 +147,29 @@ class Context:
         """int64 [B]: absolute position of the token that comes next; what the ops call offset."""
         return self.lengths.to(torch.int64)
 
-    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+    def penalize(self, logits: Tensor, drafted: Tensor | None = None) -> Tensor:
+        """Rows under the requests' penalties, in which the drafts before a row count as output.
+
+        Args:
+            logits: floating [B, V], or [B, K + 1, V], the target's rows over root and drafts. Not changed.
+            drafted: int64 [B, K], last dimension contiguous. All of them come before a row [B, V], the first i before
+                row i of [B, K + 1, V]. None: no drafts.
+        Returns:
+            logits themselves where no request has a penalty; else float32 (float64 for float64 logits), same shape.
+        """
+        if self.penalties is None:
+            return logits
+        tokens, lengths = self.tokens, self.lengths
+        if drafted is not None and logits.dim() == 2:
+            # ids outside the vocabulary count for nothing, so the room behind each text may stay where it is
+            inside = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+            tokens, drafted = torch.cat((tokens.where(inside, -1), drafted), 1), None
+            lengths = torch.full_like(lengths, tokens.shape[1])
+        return ops.penalize(
+            logits, tokens, lengths, draft_tokens=drafted, **self.penalties.arguments(), active=self.active
+        ).logits
+
+    def draw(self, logits: Tensor, step: int, drafted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Draw draft number `step` (0, 1, ...) from a drafter's own row, as the rule wants it.
 
         greedy: the argmax. coupled: with the noise the target will use at that position, so equal rows give equal
@@ -128,10 +177,13 @@ class Context:
 
         Args:
             logits: floating [B, V].
+            drafted: int64 [B, step], the tokens of this draft so far, which count for the requests' penalties. Without
+                them the draft is accepted less often, no more.
         Returns:
             tokens int64 [B]; -1 for a row without a law (NaN, everything forbidden), except greedy.
             probs [B, V], the law they were drawn from, for Draft.probs; None unless the rule is ratio.
         """
+        logits = self.penalize(logits, drafted)
         if self.greedy:
             return logits.argmax(-1), None
         if self.rule == Rule.COUPLED:
@@ -159,6 +211,8 @@ class Context:
         self.finished = self.finished[index]
         self.active = None
         self.filters = self.filters.select(index)
+        if self.penalties is not None:
+            self.penalties = self.penalties.select(index)
         self.seeds = self.seeds[index]
         self.last = None
         self._arguments = self.filters.arguments()

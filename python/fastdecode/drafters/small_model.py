@@ -60,7 +60,7 @@ class SmallModel(Drafter):
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         while True:
-            drawn, law = context.draw(row, len(tokens))
+            drawn, law = context.draw(row, len(tokens), torch.stack(tokens, 1) if tokens else None)
             tokens.append(drawn)
             if law is not None:
                 probs.append(law)

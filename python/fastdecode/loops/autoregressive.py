@@ -45,6 +45,7 @@ def autoregressive(model: Model, batch: Batch) -> Iterator[list[Chunk]]:
 
 def choose(context: Context, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The next token of every request from its row [B, V]: tokens int64 [B], -1 where inactive or in error; status."""
+    logits = context.penalize(logits)
     if context.greedy:
         stats = ops.row_stats(logits, active=context.active)
         return stats.argmax, stats.status

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from .._host import FinishReason, Rule, Status
-from ..drafters.base import Context, Filters
+from ..drafters.base import Context, Filters, Penalties
 from ..models.base import KVCache, Model, ModelConfig, Want
 from ..models.tokenizer import Tokenizer
 from ..types import Chunk, Finish, Result, SamplingParams, Statistics
@@ -93,6 +93,7 @@ class Batch:
             prompts,
             max(request.max_length for request in self.requests),
             filters=_filters(config, prompts, params, stops),
+            penalties=_penalties(prompts, params),
             seeds=torch.tensor([_signed(asked.seed) for asked in params], dtype=torch.int64),
             rule=rule,
             greedy=greedy,
@@ -339,3 +340,14 @@ def _filters(
         ban_ids=_padded(banned) if any(banned) else None,
         min_lengths=_padded(below, 0) if any(asked.min_new_tokens for asked in params) and any(banned) else None,
     )
+
+
+def _penalties(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Penalties | None:
+    """Penalty tensors; None if no request uses any, and None for one that no request uses."""
+    columns: dict[str, Tensor] = {}
+    for name, off in (("repetition", 1.0), ("presence", 0.0), ("frequency", 0.0)):
+        values = [getattr(asked, f"{name}_penalty") for asked in params]
+        if any(value != off for value in values):
+            columns[name] = torch.tensor(values, dtype=torch.float32)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+    return Penalties(lengths, **columns) if columns else None

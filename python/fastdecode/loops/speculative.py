@@ -113,6 +113,7 @@ def _check_field(drafter: str, name: str, value: Tensor, shape: list[Any], dtype
 def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verified:
     """Accept the drafts by the batch's rule; target_logits [B, K + 1, V]."""
     tokens, lens = _dense(draft.tokens), _dense(draft.lens)
+    target_logits = context.penalize(target_logits, tokens)
     if not context.greedy:
         probs = draft.probs if draft.probs is None else _dense(draft.probs)
         if probs is not None and probs.dtype != target_logits.dtype:
