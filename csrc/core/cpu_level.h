@@ -1,22 +1,25 @@
 // One source, several instruction sets: CMake compiles every *_cpu.cpp once per x86-64 level, each time with another
 // FD_CPU_LEVEL. All code of a build, headers included, stands in the namespace FD_ISA, so that the linker can never
-// pick one build's inline function for another (which would crash on an older machine).
+// pick one build's inline function for another (which would crash on an older machine). Level 0 is code that includes
+// these headers without being a kernel: adapters, and programs with compiler flags of their own.
 #pragma once
 
 #include "core/exec.h"
 
 #ifndef FD_CPU_LEVEL
-#define FD_CPU_LEVEL 1
+#define FD_CPU_LEVEL 0
 #endif
 
-#if FD_CPU_LEVEL == 1
+#if FD_CPU_LEVEL == 0
+#define FD_ISA v0
+#elif FD_CPU_LEVEL == 1
 #define FD_ISA v1
 #elif FD_CPU_LEVEL == 3
 #define FD_ISA v3
 #elif FD_CPU_LEVEL == 4
 #define FD_ISA v4
 #else
-#error "FD_CPU_LEVEL: expected 1, 3 or 4"
+#error "FD_CPU_LEVEL: expected 0, 1, 3 or 4"
 #endif
 
 #if defined(__CUDACC__)

@@ -188,7 +188,7 @@ def mutant_error(namespace: str) -> float:
 @pytest.mark.parametrize("replace", ["target_v - draft_v", "target_v + draft_v"], ids=["unchanged", "p + q"])
 def test_one_character_mutation_of_the_kernel_is_found(tmp_path, replace):
     """Builds the library again with one character of the residual changed: the law must be visibly wrong."""
-    for name in ("CMakeLists.txt", "csrc", "python"):
+    for name in ("CMakeLists.txt", "cmake", "csrc", "python"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     kernel = tmp_path / "csrc" / "verify" / "verify_chain_cpu.cpp"

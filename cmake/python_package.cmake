@@ -1,0 +1,46 @@
+# The compiled half of the wheel: _C_cpu and _host, installed into the package's folder.
+set(FASTDECODE_NAMESPACE fastdecode CACHE STRING "torch.ops namespace of the kernels; tests build mutants under another one")
+set(CMAKE_SKIP_RPATH ON)
+
+# --- torch, found through the interpreter that will run the package (build isolation hides it from this one) ---------
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
+execute_process(
+  COMMAND ${CMAKE_COMMAND} -E env --unset=PYTHONPATH ${Python_EXECUTABLE} -I -c
+    "import torch, pathlib; print(torch.__version__, pathlib.Path(torch.__file__).parent, sep=';')"
+  OUTPUT_VARIABLE FD_TORCH OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE FD_TORCH_FAILED
+  ERROR_VARIABLE FD_TORCH_ERROR ERROR_STRIP_TRAILING_WHITESPACE)
+if(FD_TORCH_FAILED)
+  string(REGEX REPLACE ".*\n" "" FD_TORCH_ERROR "${FD_TORCH_ERROR}")
+  message(FATAL_ERROR
+    "fastdecode builds against the torch of ${Python_EXECUTABLE}, which does not import (${FD_TORCH_ERROR}): "
+    "run `pip install torch`, then install fastdecode again. The C++ library alone needs no torch: -DFASTDECODE_TORCH=OFF.")
+endif()
+list(GET FD_TORCH 0 FD_TORCH_VERSION)
+list(GET FD_TORCH 1 FD_TORCH_DIR)
+if(FD_TORCH_VERSION VERSION_LESS 2.10)
+  message(FATAL_ERROR "fastdecode needs torch >= 2.10, found ${FD_TORCH_VERSION}: run `pip install -U torch`, then install fastdecode again.")
+endif()
+message(STATUS "torch ${FD_TORCH_VERSION} in ${FD_TORCH_DIR}")
+
+# --- _C_cpu: schemas and CPU kernels on torch's stable ABI; knows nothing of Python ----------------------------------
+file(GLOB FD_BIND_SOURCES CONFIGURE_DEPENDS csrc/bind/*.cpp)
+set(FD_HOST_BIND_SOURCES ${FD_BIND_SOURCES})
+list(FILTER FD_BIND_SOURCES EXCLUDE REGEX "/host_[^/]*\\.cpp$")
+list(FILTER FD_HOST_BIND_SOURCES INCLUDE REGEX "/host_[^/]*\\.cpp$")
+add_library(_C_cpu MODULE ${FD_BIND_SOURCES} ${FD_CPU_OBJECTS})
+target_link_libraries(_C_cpu PRIVATE fd_options)
+target_include_directories(_C_cpu SYSTEM PRIVATE ${FD_TORCH_DIR}/include)
+target_compile_definitions(_C_cpu PRIVATE
+  TORCH_TARGET_VERSION=0x020a000000000000 FD_NAMESPACE=${FASTDECODE_NAMESPACE} FD_DISPATCH_KEY=CPU)
+target_link_directories(_C_cpu PRIVATE ${FD_TORCH_DIR}/lib)
+target_link_libraries(_C_cpu PRIVATE torch_cpu)
+target_link_options(_C_cpu PRIVATE -Wl,-z,defs)
+set_target_properties(_C_cpu PROPERTIES PREFIX "" SUFFIX ".so")
+install(TARGETS _C_cpu LIBRARY DESTINATION fastdecode)
+
+# --- _host: data structures of the drafters and the enums, by pybind11; knows nothing of torch -----------------------
+find_package(pybind11 CONFIG REQUIRED)
+file(GLOB FD_HOST_SOURCES CONFIGURE_DEPENDS csrc/host/*.cpp)
+pybind11_add_module(_host MODULE ${FD_HOST_SOURCES} ${FD_HOST_BIND_SOURCES})
+target_link_libraries(_host PRIVATE fd_options)
+install(TARGETS _host LIBRARY DESTINATION fastdecode)

@@ -1,0 +1,80 @@
+"""The C++ library by itself: built and installed without torch and Python, found by a program."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdecode
+
+ROOT = Path(__file__).parents[2]
+LEVELS = {"x86-64": "1", "x86-64-v3": "3", "x86-64-v4": "4"}  # as Exec counts them
+# with these a search for Python or pybind11 is an error, wherever they are installed
+NO_PYTHON = ("-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+
+
+def run(*command: object, ok: bool = True) -> str:
+    """What the command printed; it must succeed, or fail where not `ok`."""
+    ran = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert (ran.returncode == 0) == ok, f"{command} ended with {ran.returncode}:\n{ran.stdout[-4000:]}"
+    return ran.stdout
+
+
+def cmake(source: Path, build: Path, *options: str) -> Path:
+    run("cmake", "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", *options)
+    run("cmake", "--build", build, "--parallel", "2")
+    return build
+
+
+@dataclass(frozen=True)
+class Package:
+    build: Path
+    prefix: Path
+
+
+def install(folder: Path, *options: str) -> Package:
+    build = cmake(ROOT, folder / "build", "-DFASTDECODE_TORCH=OFF", *NO_PYTHON, *options)
+    run("cmake", "--install", build, "--prefix", folder / "prefix")
+    return Package(build, folder / "prefix")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    return install(tmp_path_factory.mktemp("package"))
+
+
+def build_against(package: Package, source: str, build: Path, *options: str) -> Path:
+    return cmake(ROOT / source, build, f"-DCMAKE_PREFIX_PATH={package.prefix}", *options)
+
+
+@pytest.mark.slow
+def test_the_library_needs_no_torch(package, tmp_path):
+    needed = run("nm", "--undefined-only", package.prefix / "lib" / "libfastdecode_cpu.a")
+    assert " U memset\n" in needed
+    assert not [line for line in needed.splitlines() if any(name in line for name in ("torch", "_Py", "Py_"))]
+    # the same options stop a build of the Python package, so they do hide Python
+    configured = run("cmake", "-S", ROOT, "-B", tmp_path, "-DFASTDECODE_TORCH=ON", *NO_PYTHON, ok=False)
+    assert "Python" in configured
+
+
+@pytest.mark.slow
+def test_the_example_draws_what_the_ops_draw(package, tmp_path):
+    program = build_against(package, "examples/cpp", tmp_path) / "sample"
+    batch, vocab_size = 4, 32000
+    index = torch.arange(batch * vocab_size)
+    logits = ((index * index % 10007).float() / 1024).view(batch, vocab_size)
+    seed, offset = torch.tensor([1, 2, 3, 4]), torch.tensor([17, 0, 5, 128])
+    drawn = fastdecode.ops.sample(logits, temperature=0.8, top_k=50, top_p=0.9, seed=seed, offset=offset)
+    stats = fastdecode.ops.row_stats(logits)
+    expected = "".join(
+        f"row {b}: drew {drawn.tokens[b]}, entropy {stats.entropy[b]:.9g} nats, most likely {stats.argmax[b]}\n"
+        for b in range(batch)
+    )
+    assert len(set(drawn.tokens.tolist())) == batch
+    for level in fastdecode.cpu_levels():
+        assert run(program, LEVELS[level]) == expected, level
+    assert run(program) == expected
