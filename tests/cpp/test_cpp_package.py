@@ -1,4 +1,4 @@
-"""The C++ library by itself: built and installed without torch and Python, found by a program."""
+"""The C++ library by itself: built and installed without torch and Python, found by a program, run under sanitizers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ ROOT = Path(__file__).parents[2]
 LEVELS = {"x86-64": "1", "x86-64-v3": "3", "x86-64-v4": "4"}  # as Exec counts them
 # with these a search for Python or pybind11 is an error, wherever they are installed
 NO_PYTHON = ("-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+SANITIZE = (
+    "-DCMAKE_BUILD_TYPE=Debug",
+    "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+)
 
 
 def run(*command: object, ok: bool = True) -> str:
@@ -78,3 +82,23 @@ def test_the_example_draws_what_the_ops_draw(package, tmp_path):
     for level in fastdecode.cpu_levels():
         assert run(program, LEVELS[level]) == expected, level
     assert run(program) == expected
+
+
+@pytest.mark.slow
+def test_kernels_agree_on_hostile_sizes(package, tmp_path):
+    printed = run(build_against(package, "tests/cpp", tmp_path) / "kernels")
+    # a new op must be added to kernels.cpp
+    tested = {line.partition(":")[0] for line in printed.splitlines()}
+    assert tested == {path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc").glob("*/*_cpu.cpp")}
+
+
+@pytest.mark.slow
+def test_kernels_under_sanitizers(tmp_path):
+    sanitized = install(tmp_path, *SANITIZE)
+    program = build_against(sanitized, "tests/cpp", tmp_path / "tests", *SANITIZE) / "kernels"
+    for level in fastdecode.cpu_levels():
+        number = LEVELS[level]
+        assert "heap-buffer-overflow" in run(program, "overrun", number, ok=False)
+        assert "ERROR: AddressSanitizer" in run(program, "short-scratch", number, ok=False)
+        assert "runtime error: load of misaligned address" in run(program, "misaligned", number, ok=False)
+    run(program)

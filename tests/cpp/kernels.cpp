@@ -1,0 +1,619 @@
+// Every op on hostile sizes and rows: each instruction-set build, thread count, layout of the inputs and former content
+// of the outputs must give the same bytes. Every buffer is exactly as large as its contract says, so that a build under
+// AddressSanitizer and UBSan stops at the first step outside.
+//   kernels                      runs all
+//   kernels overrun 1|3|4        must be stopped by AddressSanitizer: reads one logit too many
+//   kernels short-scratch 1|3|4  by AddressSanitizer, too: scratch memory one byte too small
+//   kernels misaligned 1|3|4     by UBSan: logits at an odd address
+#include <fastdecode/core/exec.h>
+#include <fastdecode/gemv/linear.h>
+#include <fastdecode/sample/apply_token_bitmask.h>
+#include <fastdecode/sample/penalize.h>
+#include <fastdecode/sample/row_stats.h>
+#include <fastdecode/sample/sample.h>
+#include <fastdecode/sample/target_probs.h>
+#include <fastdecode/sample/token_logprobs.h>
+#include <fastdecode/verify/commit.h>
+#include <fastdecode/verify/verify_chain.h>
+#include <fastdecode/verify/verify_chain_greedy.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <thread>
+#include <vector>
+
+using namespace fastdecode;
+using Bytes = std::vector<std::byte>;
+
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
+
+struct Case {
+  int64_t batch, rows, vocab_size;
+  DType dtype;
+  int variant = 0;         // which optional arguments are given
+  bool strided = false;    // rows with gaps of NaN or of a bad id between them
+  std::byte before{0xaa};  // what outputs hold before the call
+};
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {  // splitmix64
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
+};
+
+int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+DType compute(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
+
+// Multiples of 1/8 below 32 and of 1/256 below 1 are exact in every dtype.
+void put(Bytes& to, int64_t index, DType dtype, double value) {
+  std::byte* at = to.data() + index * size_of(dtype);
+  const auto single = static_cast<float>(value);
+  if (dtype == DType::kFloat64) {
+    std::memcpy(at, &value, 8);
+  } else if (dtype == DType::kFloat32) {
+    std::memcpy(at, &single, 4);
+  } else if (dtype == DType::kBFloat16) {
+    uint32_t bits;
+    std::memcpy(&bits, &single, 4);
+    const auto high = static_cast<uint16_t>(bits >> 16);
+    std::memcpy(at, &high, 2);
+  } else {
+    int exponent;
+    const double fraction = std::frexp(std::fabs(value), &exponent);  // in [0.5, 1)
+    uint16_t bits = std::isnan(value)   ? 0x7e00
+                    : std::isinf(value) ? 0x7c00
+                    : value == 0        ? 0
+                                        : static_cast<uint16_t>((exponent + 14) << 10 | int(fraction * 2048 - 1024));
+    if (std::signbit(value)) bits |= 0x8000;
+    std::memcpy(at, &bits, 2);
+  }
+}
+
+struct Rows {
+  Bytes data;
+  int64_t batch_stride, row_stride;
+};
+
+// [batch, rows, vocab_size]; the kinds of rows take turns.
+Rows make_rows(const Case& c, int64_t rows, DType dtype, uint64_t seed, bool probs) {
+  Random random{seed};
+  const int64_t V = c.vocab_size;
+  Rows out{.data = {}, .batch_stride = 0, .row_stride = V + 3 * c.strided};
+  out.batch_stride = rows * out.row_stride + 5 * c.strided;
+  const int64_t elements = c.batch && rows ? (c.batch - 1) * out.batch_stride + (rows - 1) * out.row_stride + V : 0;
+  out.data.resize(elements * size_of(dtype));
+  for (int64_t i = 0; i < elements; ++i) put(out.data, i, dtype, kNaN);
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t kind = (3 * b + row) % 8, special = random.below(V);
+      for (int64_t v = 0; v < V; ++v) {
+        const auto noise = static_cast<double>(random.below(511) - 255);
+        double value = probs ? std::fabs(noise) / 256 : noise / 8;
+        if (kind == 1) value = probs ? std::floor(value * 2) / 2 : std::floor(value / 16);  // ties
+        if (kind == 2) value = 0.5;
+        if (kind == 3) value = v == special ? 0.25 : probs ? 0 : -kInf;
+        if (kind == 4) value = probs ? 0 : -kInf;
+        if (kind == 5 && v == special) value = kNaN;
+        if (kind == 6 && v == special) value = kInf;
+        put(out.data, b * out.batch_stride + row * out.row_stride + v, dtype, value);
+      }
+    }
+  }
+  return out;
+}
+
+// [batch, n] integers of one type with a stride of their own.
+template <class T>
+struct Table {
+  std::vector<T> data;
+  int64_t stride;
+};
+
+template <class T, class Value>
+Table<T> make_table(const Case& c, int64_t n, const Value& value) {
+  Table<T> out{.data = {}, .stride = n + 2 * c.strided};
+  out.data.assign(c.batch ? (c.batch - 1) * out.stride + n : 0, static_cast<T>(77));
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t i = 0; i < n; ++i) out.data[b * out.stride + i] = static_cast<T>(value(b, i));
+  return out;
+}
+
+// Output buffers of exact sizes; `all` is their content after the call.
+class Outputs {
+ public:
+  explicit Outputs(std::byte before) : before_(before) {}
+  template <class T>
+  T* add(int64_t count) {
+    return static_cast<T*>(add_bytes(count * static_cast<int64_t>(sizeof(T))));
+  }
+  void* add_bytes(int64_t bytes) {
+    buffers_.emplace_back(bytes, before_);
+    return buffers_.back().data();
+  }
+  Bytes all() const {
+    Bytes joined;
+    for (const Bytes& buffer : buffers_) joined.insert(joined.end(), buffer.begin(), buffer.end());
+    return joined;
+  }
+
+ private:
+  std::byte before_;
+  std::vector<Bytes> buffers_;
+};
+
+// active bool [batch], or nullptr
+struct Active {
+  std::vector<char> bytes;
+  const bool* data;
+  explicit Active(const Case& c)
+      : bytes(c.batch), data(c.variant % 2 ? reinterpret_cast<bool*>(bytes.data()) : nullptr) {
+    for (int64_t b = 0; b < c.batch; ++b) bytes[b] = b % 4 != 2;
+  }
+};
+
+// Every filter, with values at and past its limits.
+struct Filters {
+  std::vector<float> temperature, top_p, min_p;
+  std::vector<int32_t> top_k;
+  std::vector<int64_t> offset, seed;
+  Table<float> bias;
+  Table<int64_t> bans, min_lengths;
+  FilterArgs args;
+
+  explicit Filters(const Case& c)
+      : bias(make_table<float>(c, c.vocab_size, [](int64_t b, int64_t v) { return (b + v) % 9 ? 0.5 : -kInf; })),
+        bans(make_table<int64_t>(c, 3,
+                                 [&](int64_t b, int64_t i) { return i == 2 ? -1 : (b + i) % (c.vocab_size + 1); })),
+        min_lengths(make_table<int64_t>(c, 3, [](int64_t b, int64_t i) { return b + 5 * i; })) {
+    for (int64_t b = 0; b < c.batch; ++b) {
+      temperature.push_back(std::vector<float>{0.8f, 0.0f, 1.0f, float(kNaN), 1e-30f, float(kInf)}[b % 6]);
+      top_k.push_back(std::vector<int32_t>{0, 50, 1, -3, 1 << 30}[b % 5]);
+      top_p.push_back(std::vector<float>{0.9f, 1.0f, 0.0f, 1e-6f, 0.5f}[(b + 1) % 5]);
+      min_p.push_back(std::vector<float>{0.0f, 0.1f, 1.0f, 2.0f}[(b / 2) % 4]);
+      offset.push_back(b % 3 ? b : std::numeric_limits<int64_t>::max() - 64);
+      seed.push_back(b % 3 ? b : -1);
+    }
+    args.offset = offset.data();
+    if (c.variant < 2) return;
+    args.temperature = temperature.data(), args.top_k = top_k.data();
+    args.top_p = top_p.data(), args.min_p = min_p.data();
+    if (c.variant < 4) return;
+    args.bias = bias.data.data(), args.bias_stride = bias.stride;
+    args.ban_ids = bans.data.data(), args.num_bans = 3, args.ban_stride = bans.stride;
+    args.min_lengths = min_lengths.data.data(), args.min_length_stride = min_lengths.stride;
+  }
+};
+
+// Lengths 0..K and one outside.
+Table<int32_t> make_lens(const Case& c, int64_t K) {
+  return make_table<int32_t>(c, 1, [=](int64_t b, int64_t) {
+    return b % 5 == 4 ? K + 1 : b % 7 == 6 ? -1 : b % (K + 1);
+  });
+}
+
+double uniform(int64_t b, int64_t i) {
+  return std::vector<double>{0.25, 1e-300, std::nextafter(1.0, 0.0), 0.5, 0.75}[(b + 2 * i) % 5];
+}
+
+Bytes run_row_stats(const Case& c, const Exec& exec) {
+  const Rows logits = make_rows(c, c.rows, c.dtype, 1, false);
+  const Active active(c);
+  const int64_t rows = c.batch * c.rows, bytes = rows * size_of(compute(c.dtype));
+  Outputs out(c.before);
+  RowStatsArgs args{.logits = logits.data.data(),
+                    .active = active.data,
+                    .max = out.add_bytes(bytes),
+                    .argmax = out.add<int64_t>(rows),
+                    .second = out.add_bytes(bytes),
+                    .logsumexp = out.add_bytes(bytes),
+                    .entropy = out.add_bytes(bytes),
+                    .status = out.add<int32_t>(rows),
+                    .batch = c.batch,
+                    .rows = c.rows,
+                    .vocab_size = c.vocab_size,
+                    .batch_stride = logits.batch_stride,
+                    .row_stride = logits.row_stride,
+                    .dtype = c.dtype};
+  Bytes scratch(row_stats_scratch_bytes(args, exec));
+  args.scratch = scratch.data();
+  cpu::row_stats(args, exec);
+  return out.all();
+}
+
+Bytes run_penalize(const Case& c, const Exec& exec) {
+  const int64_t V = c.vocab_size, max_length = std::vector<int64_t>{0, 1, 40, 700}[c.variant];
+  Case dense = c;
+  dense.strided = false;
+  const Rows logits = make_rows(c, c.rows, c.dtype, 11, false);
+  const auto tokens = make_table<int64_t>(
+      c, max_length, [=](int64_t b, int64_t i) { return i % 7 == 6 ? (i % 2 ? V : -1) : (b + i * i) % V; });
+  const auto lengths = make_lens(dense, max_length);
+  const auto prompts = make_table<int32_t>(
+      dense, 1, [&](int64_t b, int64_t) { return b % 8 == 7 ? lengths.data[b] + 1 : lengths.data[b] / 2; });
+  const auto drafts = make_table<int64_t>(c, c.rows - 1, [=](int64_t b, int64_t i) { return (b + i) % (V + 1); });
+  const auto factor =
+      make_table<float>(dense, 1, [](int64_t b, int64_t) { return std::vector<double>{1.3, 1, 0.5, 0, -1}[b % 5]; });
+  const Active active(c);
+  Outputs out(c.before);
+  PenalizeArgs args{.logits = logits.data.data(),
+                    .tokens = tokens.data.data(),
+                    .lengths = lengths.data.data(),
+                    .prompt_lengths = c.variant % 2 ? prompts.data.data() : nullptr,
+                    .draft_tokens = c.variant > 1 ? drafts.data.data() : nullptr,
+                    .repetition = factor.data.data(),
+                    .presence = factor.data.data(),
+                    .frequency = factor.data.data(),
+                    .active = active.data,
+                    .penalized = out.add_bytes(c.batch * c.rows * V * size_of(compute(c.dtype))),
+                    .status = out.add<int32_t>(c.batch),
+                    .batch = c.batch,
+                    .rows = c.rows,
+                    .vocab_size = V,
+                    .max_length = max_length,
+                    .batch_stride = logits.batch_stride,
+                    .row_stride = logits.row_stride,
+                    .token_stride = tokens.stride,
+                    .draft_stride = drafts.stride,
+                    .dtype = c.dtype};
+  Bytes scratch(penalize_scratch_bytes(args, exec), c.before);
+  args.scratch = scratch.data();
+  cpu::penalize(args, exec);
+  return out.all();
+}
+
+Bytes run_apply_token_bitmask(const Case& c, const Exec& exec) {
+  const bool indexed = c.variant > 1;
+  const int64_t rows = indexed ? 1 : c.rows, V = c.vocab_size, words = c.variant == 1 ? V / 32 : (V + 31) / 32;
+  Rows logits = make_rows(c, rows, c.dtype, 12, false);
+  Random random{13};
+  // [batch, rows, words], rows next to each other; with indices every other one of them is for a row
+  const auto masks =
+      make_table<int32_t>(c, rows * words, [&](int64_t, int64_t) { return static_cast<int32_t>(random.next()); });
+  Case dense = c;
+  dense.strided = false;
+  const auto indices = make_table<int32_t>(dense, 1, [&](int64_t b, int64_t) {
+    return b % 4 == 3 ? c.batch : b % 4 == 2 ? -1 : b / 2;
+  });
+  const Active active(c);
+  cpu::apply_token_bitmask({.logits = logits.data.data(),
+                            .bitmask = masks.data.data(),
+                            .indices = indexed ? indices.data.data() : nullptr,
+                            .active = active.data,
+                            .indexed = indexed,
+                            .batch = c.batch,
+                            .rows = rows,
+                            .vocab_size = V,
+                            .words = words,
+                            .num_indices = indexed ? c.batch : 0,
+                            .batch_stride = logits.batch_stride,
+                            .row_stride = logits.row_stride,
+                            .mask_stride = masks.stride,
+                            .mask_row_stride = words,
+                            .dtype = c.dtype},
+                           exec);
+  Bytes changed;
+  const int64_t bytes = size_of(c.dtype);
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto begin = logits.data.begin() + (b * logits.batch_stride + row * logits.row_stride) * bytes;
+      changed.insert(changed.end(), begin, begin + V * bytes);
+    }
+  return changed;
+}
+
+Bytes run_target_probs(const Case& c, const Exec& exec) {
+  const Rows logits = make_rows(c, c.rows, c.dtype, 2, false);
+  const Active active(c);
+  const Filters filters(c);
+  Outputs out(c.before);
+  TargetProbsArgs args{.logits = logits.data.data(),
+                       .filters = filters.args,
+                       .active = active.data,
+                       .probs = out.add_bytes(c.batch * c.rows * c.vocab_size * size_of(compute(c.dtype))),
+                       .status = out.add<int32_t>(c.batch * c.rows),
+                       .batch = c.batch,
+                       .rows = c.rows,
+                       .vocab_size = c.vocab_size,
+                       .batch_stride = logits.batch_stride,
+                       .row_stride = logits.row_stride,
+                       .dtype = c.dtype};
+  Bytes scratch(target_probs_scratch_bytes(args, exec));
+  args.scratch = scratch.data();
+  cpu::target_probs(args, exec);
+  return out.all();
+}
+
+Bytes run_sample(const Case& c, const Exec& exec) {
+  const Rows logits = make_rows(c, 1, c.dtype, 3, false);
+  const Active active(c);
+  const Filters filters(c);
+  const auto uniforms = make_table<double>(c, 1, uniform);
+  RandomArgs random{.seed = filters.seed.data(), .offset = filters.offset.data()};
+  if (c.variant == 3) random = {.uniforms = uniforms.data.data(), .uniform_stride = uniforms.stride};
+  Outputs out(c.before);
+  SampleArgs args{.logits = logits.data.data(),
+                  .filters = filters.args,
+                  .random = random,
+                  .active = active.data,
+                  .tokens = out.add<int64_t>(c.batch),
+                  .status = out.add<int32_t>(c.batch),
+                  .batch = c.batch,
+                  .vocab_size = c.vocab_size,
+                  .batch_stride = logits.batch_stride,
+                  .stream = kStreamUser,
+                  .node = (1 << 24) - 1,
+                  .dtype = c.dtype};
+  Bytes scratch(sample_scratch_bytes(args, exec));
+  args.scratch = scratch.data();
+  cpu::sample(args, exec);
+  return out.all();
+}
+
+Bytes run_token_logprobs(const Case& c, const Exec& exec) {
+  const Rows logits = make_rows(c, c.rows, c.dtype, 4, false);
+  const int64_t V = c.vocab_size, rows = c.batch * c.rows, bytes = size_of(compute(c.dtype));
+  const auto tokens = make_table<int64_t>(
+      c, c.rows, [=](int64_t b, int64_t i) { return std::vector<int64_t>{V - 1, -1, 0, V, -2}[(b + i) % 5]; });
+  const int64_t top = std::min<int64_t>(V, std::vector<int64_t>{0, 1, 5}[c.variant % 3]);
+  const Active active(c);
+  const Filters filters(c);
+  Outputs out(c.before);
+  TokenLogprobsArgs args{.logits = logits.data.data(),
+                         .tokens = tokens.data.data(),
+                         .filters = filters.args,
+                         .active = active.data,
+                         .logprobs = out.add_bytes(rows * bytes),
+                         .top_ids = out.add<int64_t>(rows * top),
+                         .top_logprobs = out.add_bytes(rows * top * bytes),
+                         .status = out.add<int32_t>(rows),
+                         .batch = c.batch,
+                         .rows = c.rows,
+                         .vocab_size = V,
+                         .top = top,
+                         .batch_stride = logits.batch_stride,
+                         .row_stride = logits.row_stride,
+                         .token_stride = tokens.stride,
+                         .dtype = c.dtype};
+  Bytes scratch(token_logprobs_scratch_bytes(args, exec));
+  args.scratch = scratch.data();
+  cpu::token_logprobs(args, exec);
+  return out.all();
+}
+
+Bytes run_verify_chain(const Case& c, const Exec& exec) {
+  const int64_t V = c.vocab_size, K = c.rows - 1;
+  const bool coupled = c.variant == 2, from_probs = c.variant == 1 || c.variant == 3,
+             drafted = !coupled && c.variant != 5;
+  const DType draft_dtype = c.variant == 4 ? compute(c.dtype) : c.dtype;
+  Case dense = c;
+  dense.strided = false;  // draft_lens has no stride
+  const auto lens = make_lens(dense, K);
+  const auto draft_tokens = make_table<int64_t>(
+      c, K, [=](int64_t b, int64_t i) { return b % 6 == 5 ? (i % 2 ? V : -1) : (7 * b + 3 * i) % V; });
+  const Rows target = make_rows(c, K + 1, c.dtype, 5, from_probs), draft = make_rows(c, K, draft_dtype, 6, true);
+  Case filtered = c;
+  filtered.variant = from_probs ? 0 : c.variant;
+  const Filters filters(filtered);
+  const Active active(c);
+  const auto uniforms = make_table<double>(c, K + 1, uniform);
+  RandomArgs random{.seed = filters.seed.data(), .offset = filters.offset.data()};
+  if (c.variant % 2) random = {.uniforms = uniforms.data.data(), .uniform_stride = uniforms.stride};
+  Outputs out(c.before);
+  VerifyChainArgs args{.draft_tokens = draft_tokens.data.data(),
+                       .draft_probs = drafted ? draft.data.data() : nullptr,
+                       .draft_lens = c.variant ? lens.data.data() : nullptr,
+                       .target = target.data.data(),
+                       .target_is_probs = from_probs,
+                       .rule = coupled ? kRuleCoupled : kRuleRatio,
+                       .filters = filters.args,
+                       .random = random,
+                       .active = active.data,
+                       .emit_bonus = c.variant != 4,
+                       .tokens = out.add<int64_t>(c.batch * (K + 1)),
+                       .num_accepted = out.add<int32_t>(c.batch),
+                       .num_emitted = out.add<int32_t>(c.batch),
+                       .status = out.add<int32_t>(c.batch),
+                       .batch = c.batch,
+                       .K = K,
+                       .vocab_size = V,
+                       .draft_stride = draft_tokens.stride,
+                       .draft_prob_stride = draft.batch_stride,
+                       .draft_prob_row_stride = draft.row_stride,
+                       .target_stride = target.batch_stride,
+                       .target_row_stride = target.row_stride,
+                       .dtype = c.dtype,
+                       .draft_dtype = draft_dtype};
+  Bytes scratch(verify_chain_scratch_bytes(args, exec));
+  args.scratch = scratch.data();
+  cpu::verify_chain(args, exec);
+  return out.all();
+}
+
+Bytes run_verify_chain_greedy(const Case& c, const Exec& exec) {
+  const int64_t K = c.vocab_size - 1;
+  Case dense = c;
+  dense.strided = false;
+  const auto lens = make_lens(dense, K);
+  const auto draft_tokens = make_table<int64_t>(c, K, [](int64_t b, int64_t i) { return (b + i) % 64; });
+  const auto target_ids = make_table<int64_t>(c, K + 1, [](int64_t b, int64_t i) {
+    return i == 100 + b ? -1 : i == 5 * b ? 64 : (b + i) % 64;
+  });
+  const Active active(c);
+  Outputs out(c.before);
+  const VerifyChainGreedyArgs args{.draft_tokens = draft_tokens.data.data(),
+                                   .target_ids = target_ids.data.data(),
+                                   .draft_lens = c.variant ? lens.data.data() : nullptr,
+                                   .active = active.data,
+                                   .tokens = out.add<int64_t>(c.batch * (K + 1)),
+                                   .num_accepted = out.add<int32_t>(c.batch),
+                                   .num_emitted = out.add<int32_t>(c.batch),
+                                   .status = out.add<int32_t>(c.batch),
+                                   .batch = c.batch,
+                                   .K = K,
+                                   .draft_stride = draft_tokens.stride,
+                                   .target_stride = target_ids.stride};
+  cpu::verify_chain_greedy(args, exec);
+  return out.all();
+}
+
+Bytes run_commit(const Case& c, const Exec& exec) {
+  const int64_t K1 = c.vocab_size;
+  Case dense = c;
+  dense.strided = false;
+  const auto emitted = make_lens(dense, K1);
+  const auto tokens = make_table<int64_t>(c, K1, [](int64_t b, int64_t i) { return (b + i) % 100; });
+  const auto stops = make_table<int64_t>(c, 2, [](int64_t b, int64_t i) { return i ? -1 : 40 * b; });
+  const auto caps = make_table<int32_t>(dense, 1, [](int64_t b, int64_t) { return b % 3 ? b * 50 : 0; });
+  Outputs out{std::byte{0}};  // lengths and finished are read, too
+  auto* lengths = out.add<int32_t>(c.batch);
+  auto* finished = out.add<bool>(c.batch);
+  for (int64_t b = 0; b < c.batch; ++b) lengths[b] = static_cast<int32_t>(2 * b), finished[b] = b % 6 == 3;
+  Outputs written(c.before);
+  const CommitArgs args{.tokens = tokens.data.data(),
+                        .num_emitted = emitted.data.data(),
+                        .lengths = lengths,
+                        .finished = finished,
+                        .max_lengths = c.variant % 2 ? caps.data.data() : nullptr,
+                        .stop_ids = c.variant < 2 ? stops.data.data() : nullptr,
+                        .num_committed = written.add<int32_t>(c.batch),
+                        .reason = written.add<int32_t>(c.batch),
+                        .batch = c.batch,
+                        .K1 = K1,
+                        .num_stops = c.variant < 2 ? 2 : 0,
+                        .token_stride = tokens.stride,
+                        .stop_stride = stops.stride};
+  cpu::commit(args, exec);
+  Bytes all = out.all();
+  for (const std::byte byte : written.all()) all.push_back(byte);
+  return all;
+}
+
+Bytes run_linear(const Case& c, const Exec& exec) {
+  const int64_t M = c.batch, N = c.vocab_size, K = std::vector<int64_t>{65, 1, 0, 64, 17, 3}[c.variant];
+  const int64_t panels = (N + kPanel - 1) / kPanel;
+  Case x_shape = c, weight_shape = c, residual_shape = c, bias_shape = c;
+  x_shape.vocab_size = std::max<int64_t>(K, 1);
+  weight_shape.strided = false, weight_shape.batch = 1,
+  weight_shape.vocab_size = std::max<int64_t>(panels * K * kPanel, 1);
+  bias_shape.batch = 1;
+  const Rows x = make_rows(x_shape, 1, c.dtype, 7, true), weight = make_rows(weight_shape, 1, c.dtype, 8, true);
+  const Rows bias = make_rows(bias_shape, 1, c.dtype, 9, true),
+             residual = make_rows(residual_shape, 1, c.dtype, 10, true);
+  Outputs out(c.before);
+  const LinearArgs args{.x = x.data.data(),
+                        .weight = weight.data.data(),
+                        .bias = c.variant % 2 ? bias.data.data() : nullptr,
+                        .residual = c.variant > 1 ? residual.data.data() : nullptr,
+                        .y = out.add_bytes(M * N * size_of(c.dtype)),
+                        .M = M,
+                        .N = N,
+                        .K = K,
+                        .x_stride = x.batch_stride,
+                        .residual_stride = residual.batch_stride,
+                        .dtype = c.dtype};
+  cpu::linear(args, exec);
+  return out.all();
+}
+
+struct Op {
+  const char* name;
+  Bytes (*run)(const Case&, const Exec&);
+  int variants;
+  bool wide_only = false;  // no 16-bit dtypes
+};
+
+constexpr Op kOps[] = {
+    {"row_stats", run_row_stats, 2},
+    {"penalize", run_penalize, 4},
+    {"apply_token_bitmask", run_apply_token_bitmask, 4},
+    {"target_probs", run_target_probs, 6},
+    {"sample", run_sample, 6},
+    {"token_logprobs", run_token_logprobs, 6},
+    {"verify_chain", run_verify_chain, 6},
+    {"verify_chain_greedy", run_verify_chain_greedy, 2, true},
+    {"commit", run_commit, 4, true},
+    {"linear", run_linear, 6, true},
+};
+
+void run_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::jthread> threads;
+  for (int64_t i = 1; i < count; ++i) threads.emplace_back(body, context, i);
+  body(context, 0);
+}
+
+int64_t check(const Op& op, const Case& first) {
+  const Bytes expected = op.run(first, Exec{});
+  int64_t runs = 1;
+  for (const int32_t level : {1, 3, 4}) {
+    if (level > best_cpu_level()) break;
+    for (const bool changed : {false, true}) {
+      Case c = first;
+      Exec exec{.cpu_level = level};
+      if (changed) {
+        c.strided = true, c.before = std::byte{0x55};
+        exec.parallel_for = run_threads, exec.num_threads = 3;
+      }
+      ++runs;
+      if (op.run(c, exec) == expected) continue;
+      std::printf("%s: batch %d, rows %d, vocab_size %d, dtype %d, variant %d: other bytes at level %d%s\n", op.name,
+                  int(c.batch), int(c.rows), int(c.vocab_size), int(c.dtype), c.variant, level,
+                  changed ? " with strides, other output contents, three threads" : "");
+      std::exit(1);
+    }
+  }
+  return runs;
+}
+
+void check_all() {
+  for (const Op& op : kOps) {
+    int64_t runs = 0;
+    for (int variant = 0; variant < op.variants; ++variant)
+      for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+        if (op.wide_only && size_of(dtype) < 4) continue;
+        for (const int64_t vocab_size : {1, 2, 63, 64, 65, 2047, 2048, 2049})
+          for (const int64_t batch : {0, 1, 9})
+            for (const int64_t rows : {1, 3}) runs += check(op, {batch, rows, vocab_size, dtype, variant});
+        runs += check(op, {24, 1, 2049, dtype, variant});  // enough work for three threads
+      }
+    std::printf("%s: %d runs\n", op.name, int(runs));
+  }
+}
+
+void break_contract(const std::string& how, int32_t level) {
+  std::vector<float> logits(65), values(4);
+  int64_t argmax;
+  int32_t status;
+  const Exec exec{.cpu_level = level};
+  const std::byte* begin = reinterpret_cast<std::byte*>(logits.data()) + (how == "misaligned");
+  RowStatsArgs args{.logits = begin, .max = &values[0], .argmax = &argmax, .second = &values[1]};
+  args.logsumexp = &values[2], args.entropy = &values[3], args.status = &status;
+  args.batch = args.rows = 1, args.dtype = DType::kFloat32;
+  args.vocab_size = how == "overrun" ? 66 : 64;
+  Bytes scratch(row_stats_scratch_bytes(args, exec) - (how == "short-scratch"));
+  args.scratch = scratch.data();
+  cpu::row_stats(args, exec);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 3) {
+    break_contract(argv[1], std::atoi(argv[2]));
+  } else {
+    check_all();
+  }
+}
