@@ -1,4 +1,8 @@
-"""Settings of this process: instruction set of the CPU kernels, threads and their placement."""
+"""Settings of this process: instruction set of the CPU kernels, threads and their placement.
+
+The environment variable FASTDECODE_CPU_LEVEL names the instruction set to use (see `set_cpu_level`). It is read once,
+when fastdecode is imported, and changes no result.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,15 @@ import torch
 
 from .models.base import Model, Want
 
+CPU_LEVEL_VARIABLE = "FASTDECODE_CPU_LEVEL"
 _LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4}
 
 
 def cpu_levels() -> list[str]:
-    """Instruction-set builds of the CPU kernels that this machine can run, simplest first; the last is the default."""
+    """Instruction-set builds of the CPU kernels that this machine can run, simplest first.
+
+    The last is in use unless FASTDECODE_CPU_LEVEL or `set_cpu_level` names another.
+    """
     best = torch.ops.fastdecode.best_cpu_level()
     return [name for name, level in _LEVELS.items() if level <= best]
 
@@ -39,17 +47,29 @@ def set_cpu_level(name: str | None = None) -> AbstractContextManager[None]:
     """Run this build of the CPU kernels from now on; all builds give the same bits.
 
     Args:
-        name: one of `cpu_levels()`; None means the best one.
+        name: one of `cpu_levels()`; None means the one that was in use after the import.
     Returns:
         a context manager; leaving it restores what was set before.
     Raises:
         ValueError: unknown here.
     """
     levels = cpu_levels()
-    name = levels[-1] if name is None else name
+    name = _DEFAULT_LEVEL if name is None else name
     if name not in levels:
         raise ValueError(f"set_cpu_level: name: expected one of {levels}, got {name!r}")
     return _restore(torch.ops.fastdecode.set_cpu_level(_LEVELS[name]))
+
+
+def _level_from_environment() -> str:
+    levels = cpu_levels()
+    name = os.environ.get(CPU_LEVEL_VARIABLE) or levels[-1]
+    if name not in levels:
+        raise ValueError(f"{CPU_LEVEL_VARIABLE}: expected one of {levels} on this machine, got {name!r}")
+    return name
+
+
+_DEFAULT_LEVEL = _level_from_environment()
+set_cpu_level(_DEFAULT_LEVEL)
 
 
 def usable_cpus() -> list[int]:

@@ -54,6 +54,7 @@ def test_doctor(cli, shipped, monkeypatch, tmp_path):
     }
     assert report["versions"]["torch"] == torch.__version__
     assert report["cpu"]["level"] == report["cpu"]["levels"][-1]
+    assert report["cpu"]["level_from"] == "this machine"
     assert report["cpu"]["usable"] == len(os.sched_getaffinity(0))
     assert report["read_bandwidth"] == {"gb_per_s": 12.3}
     assert report["checkpoints"] == {"tiny-code": True, "tiny-code-draft": True}
@@ -66,6 +67,17 @@ def test_doctor(cli, shipped, monkeypatch, tmp_path):
     monkeypatch.setattr("fastdecode.cli.doctor._version", lambda package: None)
     text = cli("doctor")
     assert text.code == 1 and "rich is not installed: pip install 'fastdecode[cli]'" in text.out
+
+
+def test_doctor_tells_who_chose_the_level(cli, shipped, monkeypatch):
+    monkeypatch.setattr("fastdecode.cli.doctor._read_bandwidth", lambda cpus: 1.0)
+    monkeypatch.setenv("FASTDECODE_CPU_LEVEL", "x86-64")
+    best = runtime.cpu_levels()[-1]
+    with runtime.set_cpu_level("x86-64"):
+        report = json.loads(cli("doctor", "--json").out)
+    assert report["cpu"]["level"] == "x86-64" and report["cpu"]["level_from"] == "FASTDECODE_CPU_LEVEL"
+    advice = f"FASTDECODE_CPU_LEVEL=x86-64 is set: unset it, and the kernels use {best}"
+    assert (advice in report["advice"]) == (best != "x86-64")
 
 
 def test_bandwidth_is_measured():

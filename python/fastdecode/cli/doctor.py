@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -54,13 +55,17 @@ def examine() -> tuple[dict[str, Any], list[str], list[str]]:
                 "usable": len(cpus),
                 "levels": runtime.cpu_levels(),
                 "level": runtime.cpu_level(),
+                "level_from": runtime.CPU_LEVEL_VARIABLE if _forced_level() else "this machine",
             },
             "threads": _threads(cpus, advice),
             "read_bandwidth": {"gb_per_s": round(_read_bandwidth(cpus), 1)},
             "checkpoints": _checkpoints(problems),
             "cuda": _cuda(advice),
         }
-    if runtime.cpu_levels() == ["x86-64"]:
+    best = runtime.cpu_levels()[-1]
+    if _forced_level() and runtime.cpu_level() != best:
+        advice.append(f"{runtime.CPU_LEVEL_VARIABLE}={_forced_level()} is set: unset it, and the kernels use {best}")
+    if best == "x86-64":
         advice.append("this CPU lacks AVX2: expect the kernels to be several times slower than on newer ones")
     return report, problems, advice
 
@@ -105,6 +110,10 @@ def _libraries(problems: list[str]) -> dict[str, str]:
         problems.append(f"the builds of the CPU kernels disagree: sample gave {drawn}")
     # without them the import of fastdecode would have failed
     return {"folder": str(_lib.folder()), "_host": "loaded", "_C_cpu": "loaded"}
+
+
+def _forced_level() -> str | None:
+    return os.environ.get(runtime.CPU_LEVEL_VARIABLE) or None
 
 
 def _cpu_model() -> str:
