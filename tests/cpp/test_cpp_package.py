@@ -84,6 +84,39 @@ def test_the_example_draws_what_the_ops_draw(package, tmp_path):
     assert run(program) == expected
 
 
+def leaks(level: str, objects: list[Path]) -> set[str]:
+    """Symbols of a level's objects that the linker might replace by another build's, or give to other code.
+
+    Of several weak definitions it keeps any one: the std::vector<int> of the AVX-512 build could end up in the plain
+    build, or in the program. So each must name its level's namespace, itself or in a template argument.
+    """
+    defined = set()
+    for path in objects:
+        lines = run("nm", "--defined-only", "--no-sort", path).splitlines()
+        defined |= {name for _, kind, name in (line.split(maxsplit=2) for line in lines) if kind in "WwVvu"}
+    # a pointer to the exception handler of libstdc++: data, the same in every build
+    return {name for name in defined if f"10fastdecode2v{level}" not in name} - {"DW.ref.__gxx_personality_v0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS.values())
+def test_no_symbol_leaks_between_levels(package, level):
+    folder = package.build / "CMakeFiles" / f"fd_cpu_v{level}.dir"
+    objects = list(folder.rglob("*.o"))
+    assert len(objects) == len(list((ROOT / "csrc").glob("*/*_cpu.cpp")))
+    assert leaks(level, objects) == set()
+    other = {"1": "3", "3": "4", "4": "1"}[level]
+    assert any("tile_sum" in name for name in leaks(other, objects))
+
+
+@pytest.mark.slow
+def test_a_leak_is_noticed(tmp_path):
+    source, found = tmp_path / "leak.cpp", tmp_path / "leak.o"
+    source.write_text("#include <vector>\ntemplate class std::vector<int>;")
+    run("c++", "-std=c++20", "-O3", "-c", source, "-o", found)
+    assert any("vector" in name for name in leaks("3", [found]))
+
+
 @pytest.mark.slow
 def test_kernels_agree_on_hostile_sizes(package, tmp_path):
     printed = run(build_against(package, "tests/cpp", tmp_path) / "kernels")
