@@ -8,9 +8,9 @@ import toys
 
 from fastdecode.drafters import PromptLookup, SmallModel
 from fastdecode.generation import generate, stream
-from fastdecode.models import TabularLM, Tokenizer
+from fastdecode.models import TabularLM, Tokenizer, Want
 from fastdecode.testing.drafters import Known
-from fastdecode.testing.models import Broken, noisy
+from fastdecode.testing.models import Broken, Chain, noisy
 
 CHAIN = toys.chain()  # 0, 1, 2, ... 12, 0, 1, ...
 
@@ -51,6 +51,7 @@ def test_a_cap_inside_a_round(cap):
     assert result.tokens == along([0], cap)
     assert (result.finish_reason, result.stop) == ("length", None)
     assert result.statistics.target_passes == -(-cap // 5)
+    assert result.statistics.drafted == cap - result.statistics.target_passes  # each pass adds a token of its own
 
 
 @pytest.mark.parametrize("method", ["plain", "prompt-lookup", "speculative"])
@@ -63,6 +64,44 @@ def test_the_context_is_a_cap(method):
     assert {result.finish_reason for result in results} == {"length"}
     free = generate(toys.native(max_context=64), prompts, max_new_tokens=[0, 1, 2, 13])
     assert [result.tokens for result in results] == [result.tokens for result in free]
+
+
+class Watched(Chain):
+    """Notes, by a row's first token, how many tokens it held before and after every pass behind the prompts."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(toys.VOCAB, **options)
+        self.passes: dict[int, list[tuple[int, int]]] = {}
+
+    def forward(self, tokens, *, cache, num_tokens=None, want=Want.LOGITS, **options):
+        counts = [tokens.shape[1]] * len(tokens) if num_tokens is None else num_tokens
+        if want:
+            for row, (length, count) in enumerate(zip(cache.host_lens, counts)):
+                first = int(cache.tokens[row, 0]) if length else int(tokens[row, 0])
+                self.passes.setdefault(first, []).append((length, length + count))
+        return super().forward(tokens, cache=cache, num_tokens=num_tokens, want=want, **options)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 30])
+@pytest.mark.parametrize("method", ["known", "small-model"])
+def test_drafts_never_pass_a_requests_end(method, length):
+    """Neither its cap nor the model's context. The last token of a request is never fed, so no draft may be either."""
+    target = Watched(max_context=20)
+    draft = Watched(max_context=20)
+    prompts = [[first, *along([first], n - 1)] for first, n in ((0, 3), (4, 1), (8, 12), (11, 19), (2, 15))]
+    caps = [9, 17, 100, 100, 5]  # the third and fourth end with the context, the last with both
+    ends = {prompt[0]: min(len(prompt) + cap, 20) for prompt, cap in zip(prompts, caps)}
+    texts = [prompt + along(prompt, 40) for prompt in prompts]
+    drafter = Known(texts, toys.VOCAB) if method == "known" else SmallModel(draft)
+    results = generate(target, prompts, method=drafter, draft_length=length, max_new_tokens=caps)
+    assert [result.tokens for result in results] == [along(prompt, ends[prompt[0]] - len(prompt)) for prompt in prompts]
+    for first, end in ends.items():
+        # a request that has ended holds end - 1 tokens and is fed its last one until it leaves the batch
+        after = [after for before, after in target.passes[first] if before < end - 1]
+        assert max(after) == end - 1  # so a budget that is too small shows, too
+        assert all(after < end for before, after in draft.passes.get(first, []))
+    statistics = results.statistics
+    assert statistics.drafted == statistics.accepted == statistics.tokens - statistics.request_passes
 
 
 @pytest.mark.parametrize("least", range(1, 8))
