@@ -59,6 +59,7 @@ def generate(
     ignore_eos: bool = False,
     logprobs: int | None = None,
     tokenizer: Tokenizer | None = None,
+    attention_mask: Tensor | np.ndarray | None = None,
     dtype: torch.dtype | None = None,
     **parameters: float,
 ) -> Result | Results:
@@ -70,8 +71,9 @@ def generate(
 
     Args:
         model: a Model, a Hugging Face folder, or None for the model shipped with the package.
-        prompt: text, or ids (ints, an integer tensor [n] or array [n]); a list of either is a batch. A Model object
-            with ids needs torch and numpy only; text needs a tokenizer: `tokenizer`, or the folder's `tokenizer.json`.
+        prompt: text, or ids (ints, an integer tensor [n] or array [n]); a list of either is a batch, and so is a tensor
+            or array [B, n]. A Model object with ids needs torch and numpy only; text needs a tokenizer: `tokenizer`, or
+            the folder's `tokenizer.json`.
         method: a name from `fastdecode.METHODS`, or a Drafter of your own for the speculative loop.
         rule: how drafts are accepted under sampling, "coupled" or "ratio" (see `fastdecode.methods`); None is the first
             of the method's.
@@ -95,6 +97,8 @@ def generate(
         ignore_eos: treat the model's end-of-text ids as ordinary tokens.
         logprobs: report log-probabilities, and those of this many likeliest ids (0: of the generated tokens only).
         tokenizer: for text in and out; None reads the folder's.
+        attention_mask: 1 or True where a prompt tensor or array holds tokens, in its shape; what is 0, left or right of
+            them, is padding and not part of the prompt.
         dtype: of the weights of the models that are read from folders; None is the default of `load_model`.
         **parameters: the method's own, see its entry in `fastdecode.METHODS`.
 
@@ -156,7 +160,8 @@ def _prepare(given: Mapping[str, Any], *, with_text: bool) -> _Run:
     """Check the arguments of `generate`, load what they name, and set the loop up; nothing has been decoded yet."""
     method = _method(given["method"])
     parameters = _parameters(method, given)
-    prompts, single = _split(given["prompt"])
+    prompt, mask = given["prompt"], given["attention_mask"]
+    prompts, single = _split(prompt if mask is None else _unpad(prompt, mask))
     stop = _stop(given["stop"])
     if not isinstance(given["tokenizer"], Tokenizer | None):
         raise _fail("tokenizer", "a Tokenizer or None", given["tokenizer"])
@@ -276,6 +281,26 @@ def _split(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     if all(is_int(item) for item in prompts):
         return [prompts], True
     return prompts, False
+
+
+def _unpad(prompt: object, mask: object) -> Prompt | list[Prompt]:
+    """The prompt [n] or prompts [B, n] without what the mask says is padding."""
+    arrays = (Tensor, np.ndarray)
+    if not isinstance(prompt, arrays) or prompt.ndim not in (1, 2):
+        raise _fail("attention_mask", "None for a prompt that is not a tensor or array [n] or [B, n]", mask)
+    shape, expected = list(prompt.shape), f"integers or bools {list(prompt.shape)}, as the prompt"
+    if not isinstance(mask, arrays):
+        raise _fail("attention_mask", expected, mask)
+    if list(mask.shape) != shape or not any(kind in str(mask.dtype) for kind in ("int", "bool")):
+        raise _fail("attention_mask", expected, f"{mask.dtype} {list(mask.shape)}")
+    rows: list[Prompt] = []
+    for row, flags in zip(prompt.reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]).tolist()):
+        tokens = [place for place, flag in enumerate(flags) if flag]
+        first, after = (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
+        if len(tokens) != after - first or any(flag not in (0, 1) for flag in flags):
+            raise _fail("attention_mask", "one run of ones, with zeros left or right of it", flags)
+        rows.append(row[first:after])
+    return rows if prompt.ndim == 2 else rows[0]
 
 
 def _ids(prompt: Prompt, tokenizer: Tokenizer | None, model: Model) -> list[int]:

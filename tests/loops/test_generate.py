@@ -19,6 +19,7 @@ from fastdecode.types import Result, Results
 TARGET = toys.table(eos_token_ids=(11,))
 DRAFT = noisy(TARGET)
 LETTERS = toys.letters("abcdefghijklm")
+PADDED = {"prompt": torch.tensor([[1, 2, 3]])}
 BEGINNING = toys.letters("abcdefghijklm", begin=[0])  # its encode adds a begin-of-text id
 
 
@@ -33,6 +34,25 @@ def test_one_prompt_gives_a_result_and_a_list_gives_results():
         assert [result.tokens for result in many] == [one.tokens]
     text = generate(TARGET, "ab", tokenizer=toys.letters("abcdefghijklm"), max_new_tokens=5)
     assert text.prompt_tokens == [0, 1] and text.text == "".join("abcdefghijkl"[i] for i in text.tokens if i != 12)
+
+
+def test_padded_prompts():
+    prompts = [[1, 2, 3, 4], [5], [6, 7], [8, 9, 10]]
+    expected = [result.tokens for result in generate(TARGET, prompts, max_new_tokens=9)]
+    for starts in ([0, 0, 0, 0], [0, 3, 2, 1], [0, 2, 1, 0]):  # padding right of the tokens, left, both
+        text, mask = torch.full((4, 4), 12), torch.zeros(4, 4, dtype=torch.int64)
+        for row, (prompt, start) in enumerate(zip(prompts, starts)):
+            text[row, start : start + len(prompt)] = torch.tensor(prompt)
+            mask[row, start : start + len(prompt)] = 1
+        for given in (mask, mask.bool(), mask.numpy(), mask.to(torch.uint8)):
+            results = generate(TARGET, text, attention_mask=given, max_new_tokens=9)
+            assert [result.prompt_tokens for result in results] == prompts
+            assert [result.tokens for result in results] == expected
+        chunks = list(stream(TARGET, text.numpy(), attention_mask=mask, max_new_tokens=9))
+        assert {chunk.index: chunk.result.tokens for chunk in chunks if chunk.result} == dict(enumerate(expected))
+        one = generate(TARGET, text[3], attention_mask=mask[3], max_new_tokens=9)
+        assert (one.prompt_tokens, one.tokens) == (prompts[3], expected[3])
+    assert [r.tokens for r in generate(TARGET, text, max_new_tokens=9)] != expected  # the padding is read without it
 
 
 def test_splitmix64_is_the_published_generator():
@@ -143,6 +163,22 @@ def test_methods():
         ({"prompt": b"ab"}, "prompt: expected text or ids, or a list of either, got b'ab'"),
         ({"prompt": "", "tokenizer": BEGINNING}, "prompt: expected at least one token, got ''"),
         ({"prompt": ["a", ""], "tokenizer": BEGINNING}, "prompt: expected at least one token, got ''"),
+        (
+            {"attention_mask": torch.ones(1)},
+            r"attention_mask: expected None for a prompt that is not a tensor or array",
+        ),
+        ({**PADDED, "attention_mask": [[1, 1, 1]]}, r"integers or bools \[1, 3\], as the prompt, got \[\[1, 1, 1\]\]"),
+        ({**PADDED, "attention_mask": torch.ones(1, 3)}, r"as the prompt, got 'torch.float32 \[1, 3\]'"),
+        ({**PADDED, "attention_mask": np.ones((3, 1), int)}, r"as the prompt, got 'int64 \[3, 1\]'"),
+        (
+            {**PADDED, "attention_mask": torch.tensor([[1, 0, 1]])},
+            r"attention_mask: expected one run .*, got \[1, 0, 1\]",
+        ),
+        (
+            {**PADDED, "attention_mask": torch.tensor([[0, 2, 1]])},
+            r"attention_mask: expected one run .*, got \[0, 2, 1\]",
+        ),
+        ({**PADDED, "attention_mask": torch.tensor([[0, 0, 0]])}, "prompt: expected at least one token"),
         ({"model": 5}, "model: expected a Model or a folder, got 5"),
         ({"method": []}, r"method: expected one of plain, .*, got \[\]"),
         ({"tokenizer": 5}, "tokenizer: expected a Tokenizer or None, got 5"),
@@ -194,7 +230,10 @@ def test_methods():
         ({"method": "speculative"}, "draft_model: expected a Model or a folder"),
         ({"method": "speculative", "draft_model": toys.table(7)}, "draft_model: expected a vocabulary of 13 ids"),
         ({"method": "prompt-lookup", "rule": "best"}, "rule: expected None or one of coupled, ratio, got 'best'"),
-        ({"method": "speculative", "draft_model": 5}, "draft_model: expected a Model or a folder, got 5"),
+        (
+            {"method": "speculative", "draft_model": 5},
+            "draft_model: expected a Model or a folder, got 5",
+        ),
         (
             {"method": "speculative", "draft_model": DRAFT, "dtype": torch.float64},
             "dtype: expected None for a model that is already loaded",
