@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._host import Rule
 from .drafters import Drafter
 from .loops import Batch, autoregressive, speculative
 from .methods import Method, find_method
-from .models import Model, load_model
+from .models import HuggingFaceModel, Model, load_model
+from .models.huggingface import is_transformers_model, is_transformers_tokenizer, wrap_tokenizer
 from .models.tokenizer import Tokenizer
 from .policies import FixedLength, Policy
 from .types import Chunk, Result, Results, SamplingParams, is_int, is_number
@@ -28,7 +29,7 @@ __all__ = ["generate", "splitmix64", "stream"]
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
-ModelLike = Model | str | os.PathLike[str]
+ModelLike = Model | nn.Module | str | os.PathLike[str]  # the module: a causal language model of transformers
 Prompt = str | Sequence[int] | Tensor | np.ndarray
 
 
@@ -58,7 +59,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | Any | None = None,
     attention_mask: Tensor | np.ndarray | None = None,
     dtype: torch.dtype | None = None,
     **parameters: float,
@@ -70,15 +71,16 @@ def generate(
     differently in a longer pass).
 
     Args:
-        model: a Model, a Hugging Face folder, or None for the model shipped with the package.
+        model: a Model, a causal language model of transformers (see HuggingFaceModel), a Hugging Face folder, or None
+            for the model shipped with the package.
         prompt: text, or ids (ints, an integer tensor [n] or array [n]); a list of either is a batch, and so is a tensor
             or array [B, n]. A Model object with ids needs torch and numpy only; text needs a tokenizer: `tokenizer`, or
             the folder's `tokenizer.json`.
         method: a name from `fastdecode.METHODS`, or a Drafter of your own for the speculative loop.
         rule: how drafts are accepted under sampling, "coupled" or "ratio" (see `fastdecode.methods`); None is the first
             of the method's.
-        draft_model: a Model or folder with the same vocabulary, where the method has a draft model; None is the shipped
-            one if `model` is None too.
+        draft_model: as `model`, with the same vocabulary, where the method has a draft model; None is the shipped one
+            if `model` is None too.
         draft_length: most drafts per round; None is the method's default.
         policy: decides the draft length instead of `draft_length`.
         max_new_tokens: most tokens to generate; the model's context may end a request earlier.
@@ -96,7 +98,7 @@ def generate(
         stop_ids: ids that end a request, beside the model's end-of-text ids; they stay in `tokens`.
         ignore_eos: treat the model's end-of-text ids as ordinary tokens.
         logprobs: report log-probabilities, and those of this many likeliest ids (0: of the generated tokens only).
-        tokenizer: for text in and out; None reads the folder's.
+        tokenizer: for text in and out, a Tokenizer or one of transformers; None reads the folder's.
         attention_mask: 1 or True where a prompt tensor or array holds tokens, in its shape; what is 0, left or right of
             them, is padding and not part of the prompt.
         dtype: of the weights of the models that are read from folders; None is the default of `load_model`.
@@ -163,14 +165,17 @@ def _prepare(given: Mapping[str, Any], *, with_text: bool) -> _Run:
     prompt, mask = given["prompt"], given["attention_mask"]
     prompts, single = _split(prompt if mask is None else _unpad(prompt, mask))
     stop = _stop(given["stop"])
-    if not isinstance(given["tokenizer"], Tokenizer | None):
-        raise _fail("tokenizer", "a Tokenizer or None", given["tokenizer"])
-    loaded = [isinstance(given[name], Model) for name in ("model", "draft_model")]
+    tokenizer = given["tokenizer"]
+    if is_transformers_tokenizer(tokenizer):
+        tokenizer = wrap_tokenizer(tokenizer)
+    elif not isinstance(tokenizer, Tokenizer | None):
+        raise _fail("tokenizer", "a Tokenizer or None", tokenizer)
+    loaded = [_is_loaded(given[name]) for name in ("model", "draft_model")]
     if given["dtype"] is not None and loaded[0] and (loaded[1] or not method.needs_draft_model):
         raise _fail("dtype", "None for a model that is already loaded", given["dtype"])
     model, folder = _model("model", given["model"], CHECKPOINTS / "tiny-code", given["dtype"])
     needs_text = any(isinstance(item, str) for item in prompts) or bool(stop)
-    tokenizer = _tokenizer(folder, needed=needs_text) if given["tokenizer"] is None else given["tokenizer"]
+    tokenizer = _tokenizer(folder, needed=needs_text) if tokenizer is None else tokenizer
     ids = [_ids(item, tokenizer, model) for item in prompts]
     params = _sampling({**given, "stop": stop}, len(ids), model.config.vocab_size)
     rule = Rule.RATIO if _rule(method, given["rule"]) == "ratio" else Rule.COUPLED
@@ -235,21 +240,27 @@ def _rule(method: Method, rule: str | None) -> str | None:
     return rule
 
 
+def _is_loaded(model: object) -> bool:
+    return isinstance(model, Model) or is_transformers_model(model)
+
+
 def _model(name: str, model: ModelLike | None, shipped: Path, dtype: torch.dtype | None) -> tuple[Model, Path | None]:
     """The model, and the folder it was read from if it was."""
     if model is None and not shipped.is_dir():
-        raise _fail(name, f"a Model or a folder; the shipped model is not installed at {shipped}", None)
+        raise _fail(name, f"a model; the shipped model is not installed at {shipped}", None)
     if model is None or isinstance(model, (str, os.PathLike)):
         folder = shipped if model is None else Path(model)
         return (load_model(folder) if dtype is None else load_model(folder, dtype=dtype)), folder
+    if isinstance(model, nn.Module) and is_transformers_model(model):
+        return HuggingFaceModel(model), None
     if not isinstance(model, Model):
-        raise _fail(name, "a Model or a folder", model)
+        raise _fail(name, "a Model, a folder or a model of transformers", model)
     return model, None
 
 
 def _draft_model(given: Mapping[str, Any], target: Model) -> Model:
     if given["draft_model"] is None and given["model"] is not None:
-        raise _fail("draft_model", f"a Model or a folder, which method {given['method']!r} drafts with", None)
+        raise _fail("draft_model", f"a model, which method {given['method']!r} drafts with", None)
     draft, _ = _model("draft_model", given["draft_model"], CHECKPOINTS / "tiny-code-draft", given["dtype"])
     if draft.config.vocab_size != target.config.vocab_size:
         expected = f"a vocabulary of {target.config.vocab_size} ids, as the model's"

@@ -115,14 +115,14 @@ ERRORS = {
         "load_model: config.json: rms_norm_eps: expected a number above 0, got 'x'",
     ),
     # model and method
-    "model": (run(model=5), "generate: model: expected a Model or a folder, got 5"),
+    "model": (run(model=5), "generate: model: expected a Model, a folder or a model of transformers, got 5"),
     "unknown method": (
         run(method="specultive"),
         "generate: method: expected one of plain, speculative, speculative-confidence, prompt-lookup, "
         "got 'specultive'; did you mean 'speculative'?",
     ),
     "method is no name": (run(method=5), "speculative-confidence, prompt-lookup, got 5"),
-    "no draft model": (run(method="speculative"), "generate: draft_model: expected a Model or a folder"),
+    "no draft model": (run(method="speculative"), "generate: draft_model: expected a model, which method"),
     "draft vocabulary": (
         run(method="speculative", draft_model=TabularLM.random(7, 2, 1)),
         "generate: draft_model: expected a vocabulary of 13 ids, as the model's, got 7",

@@ -179,7 +179,7 @@ def test_methods():
             r"attention_mask: expected one run .*, got \[0, 2, 1\]",
         ),
         ({**PADDED, "attention_mask": torch.tensor([[0, 0, 0]])}, "prompt: expected at least one token"),
-        ({"model": 5}, "model: expected a Model or a folder, got 5"),
+        ({"model": 5}, "model: expected a Model, a folder or a model of transformers, got 5"),
         ({"method": []}, r"method: expected one of plain, .*, got \[\]"),
         ({"tokenizer": 5}, "tokenizer: expected a Tokenizer or None, got 5"),
         ({"temperature": -1.0}, r"temperature: expected a finite number >= 0 \(as float32\), got -1.0"),
@@ -227,12 +227,12 @@ def test_methods():
         ({"draft_length": 3}, r"draft_length: expected .*method 'plain' \(no parameters of its own\), got 3"),
         ({"policy": FixedLength(3)}, "policy: expected None, method 'plain' drafts nothing"),
         ({"temprature": 1.0}, "temprature: expected an argument of generate"),
-        ({"method": "speculative"}, "draft_model: expected a Model or a folder"),
+        ({"method": "speculative"}, "draft_model: expected a model, which method"),
         ({"method": "speculative", "draft_model": toys.table(7)}, "draft_model: expected a vocabulary of 13 ids"),
         ({"method": "prompt-lookup", "rule": "best"}, "rule: expected None or one of coupled, ratio, got 'best'"),
         (
             {"method": "speculative", "draft_model": 5},
-            "draft_model: expected a Model or a folder, got 5",
+            "draft_model: expected a Model, a folder or a model of transformers, got 5",
         ),
         (
             {"method": "speculative", "draft_model": DRAFT, "dtype": torch.float64},

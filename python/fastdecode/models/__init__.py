@@ -1,8 +1,9 @@
-"""Models and their caches: one protocol, a native Llama-family runner, and tables for tests."""
+"""Models and their caches: one protocol; a native Llama-family runner, models of transformers, tables for tests."""
 
 from .base import HiddenStates, KVCache, Model, ModelConfig, Output, Want
 from .cache import ContiguousKVCache, TokenCache
 from .checkpoint import NativeConfig
+from .huggingface import HuggingFaceCache, HuggingFaceModel
 from .native import NativeModel, load_model
 from .tabular import TabularLM
 from .tokenizer import IncrementalDecoder, Tokenizer
@@ -10,6 +11,8 @@ from .tokenizer import IncrementalDecoder, Tokenizer
 __all__ = [
     "ContiguousKVCache",
     "HiddenStates",
+    "HuggingFaceCache",
+    "HuggingFaceModel",
     "IncrementalDecoder",
     "KVCache",
     "Model",

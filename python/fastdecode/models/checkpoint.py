@@ -186,7 +186,10 @@ def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else names or config.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(f"load_model: architectures: expected one of {', '.join(ARCHITECTURES)}, got {name!r}")
+        raise ValueError(
+            f"load_model: architectures: expected one of {', '.join(ARCHITECTURES)}, got {name!r}; load others with "
+            "transformers and pass the model in place of the folder"
+        )
     return name
 
 
