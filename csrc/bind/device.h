@@ -31,11 +31,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// One row-parameter block: the filters of core/filter.h as they cross the boundary.
-#define FD_FILTER_SCHEMA                                                                              \
-  "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? bias, Tensor? ban_ids, " \
-  "Tensor? min_lengths"
-
 std::string shape_text(const Tensor& t);
 std::string shape_text(std::initializer_list<int64_t> shape);
 

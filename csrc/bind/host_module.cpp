@@ -23,6 +23,17 @@ PYBIND11_MODULE(_host, m) {
   py::native_enum<Rule>(m, "Rule", "enum.IntEnum", "Acceptance rules of verify_chain.")
       .value("RATIO", kRuleRatio)
       .value("COUPLED", kRuleCoupled)
+      .value("BLOCK", kRuleBlock)
+      .value("TYPICAL", kRuleTypical)
+      .value("TOP_BETA", kRuleTopBeta)
+      .finalize();
+  py::native_enum<Bonus>(m, "Bonus", "enum.IntEnum", "Last token of verify_chain's rule typical.")
+      .value("GREEDY", kBonusGreedy)
+      .value("SAMPLE", kBonusSample)
+      .finalize();
+  py::native_enum<Order>(m, "Order", "enum.IntEnum", "Order of the filters top-k and top-p.")
+      .value("K_THEN_P", kOrderKThenP)
+      .value("JOINT", kOrderJoint)
       .finalize();
   py::native_enum<FinishReason>(m, "FinishReason", "enum.IntEnum", "Why commit ended a request.")
       .value("NONE", kFinishNone)

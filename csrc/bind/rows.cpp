@@ -2,13 +2,36 @@
 
 namespace fastdecode::bind {
 
+namespace {
+
+// One mask per request, [B, W], or per row, [B, n, W] or flat [R, W].
+void check_bitmask(const char* op, const Tensor& mask, const Tensor& like, const Rows& r, FilterArgs& args) {
+  const int64_t words = (r.vocab_size + 31) / 32;
+  if (r.row_start) {
+    check_tensor(op, "bitmask", mask, {r.rows, words}, ScalarType::Int, like);
+    args.bitmask_flat_stride = stride_of(mask, 0);
+  } else if (r.three && mask.dim() == 3) {
+    check_tensor(op, "bitmask", mask, {r.batch, r.rows, words}, ScalarType::Int, like);
+    args.bitmask_stride = stride_of(mask, 0);
+    args.bitmask_row_stride = stride_of(mask, 1);
+  } else {
+    check_tensor(op, "bitmask", mask, {r.batch, words}, ScalarType::Int, like);
+    args.bitmask_stride = stride_of(mask, 0);
+  }
+  args.bitmask = static_cast<const int32_t*>(mask.const_data_ptr());
+}
+
+}  // namespace
+
 FilterArgs check_filters(const char* op, const FilterTensors& f, const OptionalTensor& offset, const Tensor& like,
-                         int64_t batch, int64_t vocab_size, bool has_seed) {
+                         const Rows& r, bool has_seed) {
+  const int64_t batch = r.batch, vocab_size = r.vocab_size;
   FilterArgs args;
   check_optional(op, "temperature", f.temperature, {batch}, ScalarType::Float, like);
   check_optional(op, "top_k", f.top_k, {batch}, ScalarType::Int, like);
   check_optional(op, "top_p", f.top_p, {batch}, ScalarType::Float, like);
   check_optional(op, "min_p", f.min_p, {batch}, ScalarType::Float, like);
+  check_optional(op, "typical_p", f.typical_p, {batch}, ScalarType::Float, like);
   check_optional(op, "bias", f.bias, {batch, vocab_size}, ScalarType::Float, like);
   check_optional(op, "offset", offset, {batch}, ScalarType::Long, like);
   if (f.ban_ids) {
@@ -25,11 +48,16 @@ FilterArgs check_filters(const char* op, const FilterTensors& f, const OptionalT
   }
   FD_CHECK_ARG(!offset || has_seed || f.min_lengths, op,
                ": offset: expected seed or min_lengths beside it, got neither");
+  FD_CHECK_ARG(f.order == kOrderKThenP || f.order == kOrderJoint, op, ": order: expected ", int64_t{kOrderKThenP},
+               " (k_then_p) or ", int64_t{kOrderJoint}, " (joint), got ", f.order);
+  if (f.bitmask) check_bitmask(op, *f.bitmask, like, r, args);
   if (f.bias) args.bias_stride = stride_of(*f.bias, 0);
   args.temperature = data_of<float>(f.temperature);
   args.top_k = data_of<int32_t>(f.top_k);
   args.top_p = data_of<float>(f.top_p);
   args.min_p = data_of<float>(f.min_p);
+  args.typical_p = data_of<float>(f.typical_p);
+  args.order = static_cast<Order>(f.order);
   args.bias = data_of<float>(f.bias);
   args.ban_ids = data_of<int64_t>(f.ban_ids);
   args.min_lengths = data_of<int64_t>(f.min_lengths);

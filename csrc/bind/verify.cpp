@@ -48,48 +48,96 @@ Verified verify_chain_greedy(const Tensor& draft_tokens, const Tensor& target_id
   return outputs;
 }
 
+// What each rule of verify_chain takes: an argument it does not use is an error, not ignored.
+void check_rule(const char* op, int64_t rule, bool logits, bool draft_probs, const FilterTensors& f, bool uniforms,
+                bool seed, bool eps, bool delta, int64_t bonus, bool beta, bool tau) {
+  FD_CHECK_ARG(rule >= kRuleRatio && rule <= kRuleTopBeta, op, ": rule: expected 0..", int64_t{kRuleTopBeta},
+               " (ratio, coupled, block, typical, top_beta), got ", rule);
+  constexpr const char* kNames[] = {"ratio", "coupled", "block", "typical", "top_beta"};
+  const char* name = kNames[rule];
+  const bool typical = rule == kRuleTypical, top_beta = rule == kRuleTopBeta;
+  auto unused = [&](const char* argument, bool given) {
+    FD_CHECK_ARG(!given, op, ": ", argument, ": expected None, which rule ", name, " does not use, got a value");
+  };
+  FD_CHECK_ARG(logits || (rule != kRuleCoupled && !top_beta), op, ": target_probs: expected target_logits with rule ",
+               name, ", got probabilities");
+  FD_CHECK_ARG(logits || !f.any(), op,
+               ": target_probs: expected no filters beside it (they belong to its making), got some");
+  unused("draft_probs", draft_probs && rule != kRuleRatio && rule != kRuleBlock);
+  unused("eps", eps && !typical);
+  unused("delta", delta && !typical);
+  unused("beta", beta && !top_beta);
+  unused("tau", tau && !top_beta);
+  FD_CHECK_ARG(bonus == kBonusGreedy || (bonus == kBonusSample && typical), op, ": bonus: expected ",
+               int64_t{kBonusGreedy}, " (greedy)", typical ? " or 1 (sample)" : ", another is for rule typical",
+               ", got ", bonus);
+  FD_CHECK_ARG(!top_beta || !f.any_cut(), op,
+               ": temperature, top_k, top_p, min_p, typical_p, order: expected None with rule top_beta, got a value");
+  const bool draws = !top_beta && !(typical && bonus == kBonusGreedy);
+  unused("uniforms", uniforms && !draws);
+  unused("seed", seed && !draws);
+  FD_CHECK_ARG(!draws || uniforms != seed, op, ": uniforms, seed: expected exactly one of them, got ",
+               uniforms ? "both" : "neither");
+}
+
 Verified verify_chain(const Tensor& draft_tokens, const OptionalTensor& draft_probs, const OptionalTensor& draft_lens,
-                      const OptionalTensor& target_logits, const OptionalTensor& target_probs, int64_t rule,
-                      const OptionalTensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
-                      const OptionalTensor& min_p, const OptionalTensor& bias, const OptionalTensor& ban_ids,
-                      const OptionalTensor& min_lengths, const OptionalTensor& uniforms, const OptionalTensor& seed,
-                      const OptionalTensor& offset, const OptionalTensor& active, bool emit_bonus) {
+                      const OptionalTensor& target_logits, const OptionalTensor& target_probs,
+                      const OptionalTensor& row_start, int64_t rule, FD_FILTER_PARAMS,
+                      const OptionalTensor& draft_to_target, const OptionalTensor& eps, const OptionalTensor& delta,
+                      int64_t bonus, const OptionalTensor& beta, const OptionalTensor& tau,
+                      const OptionalTensor& uniforms, const OptionalTensor& seed, const OptionalTensor& offset,
+                      const OptionalTensor& active, bool emit_bonus) {
   constexpr auto op = "verify_chain";
   const auto [B, K] = check_drafts(op, draft_tokens, draft_lens, active);
-  FD_CHECK_ARG(rule == kRuleRatio || rule == kRuleCoupled, op, ": rule: expected ", int64_t{kRuleRatio}, " (ratio) or ",
-               int64_t{kRuleCoupled}, " (coupled), got ", rule);
   FD_CHECK_ARG(target_logits.has_value() != target_probs.has_value(), op,
                ": target_logits, target_probs: expected exactly one of them, got ", target_logits ? "both" : "neither");
+  const FilterTensors f FD_FILTERS;
+  check_rule(op, rule, target_logits.has_value(), draft_probs.has_value(), f, uniforms.has_value(), seed.has_value(),
+             eps.has_value(), delta.has_value(), bonus, beta.has_value(), tau.has_value());
   const char* name = target_probs ? "target_probs" : "target_logits";
   const Tensor& target = target_probs ? *target_probs : *target_logits;
-  const Rows r(op, name, target, 3, 3);
+  const Rows r(op, name, target, 3, 3, row_start);
   const int64_t V = r.vocab_size;
-  check_tensor(op, name, target, {B, K + 1, V}, target.scalar_type(), draft_tokens);
+  if (row_start) {
+    check_tensor(op, "row_start", *row_start, {B + 1}, ScalarType::Int, draft_tokens);
+    check_device(op, name, target, draft_tokens);
+  } else {
+    check_tensor(op, name, target, {B, K + 1, V}, target.scalar_type(), draft_tokens);
+  }
+  int64_t draft_V = V;
+  if (draft_to_target) {
+    check_dims(op, "draft_to_target", *draft_to_target, 1, 1);
+    draft_V = draft_to_target->size(0);
+    check_tensor(op, "draft_to_target", *draft_to_target, {draft_V}, ScalarType::Long, draft_tokens);
+  }
   const ScalarType computed = output_dtype(r.dtype);
   const bool draft_is_computed = draft_probs && draft_probs->scalar_type() == computed;
-  check_optional(op, "draft_probs", draft_probs, {B, K, V}, draft_is_computed ? computed : target.scalar_type(),
+  check_optional(op, "draft_probs", draft_probs, {B, K, draft_V}, draft_is_computed ? computed : target.scalar_type(),
                  draft_tokens);
-  if (rule == kRuleCoupled) {
-    FD_CHECK_ARG(target_logits.has_value(), op, ": target_probs: expected target_logits with rule coupled");
-    FD_CHECK_ARG(!draft_probs, op, ": draft_probs: expected None with rule coupled, which does not use them");
-  }
-  const FilterTensors f{temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths};
-  if (target_probs) {
-    const bool any = temperature || top_k || top_p || min_p || bias || ban_ids || min_lengths;
-    FD_CHECK_ARG(!any, op, ": target_probs: expected no filters beside it (they belong to target_probs' making)");
-  }
-  const FilterArgs filters = check_filters(op, f, offset, draft_tokens, B, V, seed.has_value());
-  const RandomArgs random = check_random(op, uniforms, seed, offset, draft_tokens, B, K + 1);
+  check_optional(op, "eps", eps, {B}, ScalarType::Float, draft_tokens);
+  check_optional(op, "delta", delta, {B}, ScalarType::Float, draft_tokens);
+  check_optional(op, "beta", beta, {B}, ScalarType::Int, draft_tokens);
+  check_optional(op, "tau", tau, {B}, ScalarType::Float, draft_tokens);
+  const FilterArgs filters = check_filters(op, f, offset, draft_tokens, r, seed.has_value());
+  RandomArgs random;
+  if (uniforms || seed) random = check_random(op, uniforms, seed, offset, draft_tokens, B, K + 1);
   Verified outputs = new_verified(draft_tokens, B, K + 1);
   auto& [tokens, num_accepted, num_emitted, status] = outputs;
   Launch launch(draft_tokens);
   VerifyChainArgs args{.draft_tokens = draft_tokens.const_data_ptr<int64_t>(),
                        .draft_probs = data_of<void>(draft_probs),
                        .draft_lens = data_of<int32_t>(draft_lens),
+                       .draft_to_target = data_of<int64_t>(draft_to_target),
                        .target = target.const_data_ptr(),
+                       .row_start = r.row_start,
                        .target_is_probs = target_probs.has_value(),
                        .rule = static_cast<Rule>(rule),
                        .filters = filters,
+                       .eps = data_of<float>(eps),
+                       .delta = data_of<float>(delta),
+                       .bonus = static_cast<Bonus>(bonus),
+                       .beta = data_of<int32_t>(beta),
+                       .tau = data_of<float>(tau),
                        .random = random,
                        .active = data_of<bool>(active),
                        .emit_bonus = emit_bonus,
@@ -101,6 +149,8 @@ Verified verify_chain(const Tensor& draft_tokens, const OptionalTensor& draft_pr
                        .batch = B,
                        .K = K,
                        .vocab_size = V,
+                       .draft_vocab_size = draft_V,
+                       .num_rows = r.rows,
                        .draft_stride = stride_of(draft_tokens, 0),
                        .draft_prob_stride = draft_probs ? stride_of(*draft_probs, 0) : 0,
                        .draft_prob_row_stride = draft_probs ? stride_of(*draft_probs, 1) : 0,
@@ -156,9 +206,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "verify_chain(Tensor draft_tokens, Tensor? draft_probs, Tensor? draft_lens, Tensor? target_logits, "
-      "Tensor? target_probs, int rule, " FD_FILTER_SCHEMA
-      ", Tensor? uniforms, Tensor? seed, Tensor? offset, "
-      "Tensor? active, bool emit_bonus) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? target_probs, Tensor? row_start, int rule, " FD_FILTER_SCHEMA
+      ", Tensor? draft_to_target, Tensor? eps, Tensor? delta, int bonus, Tensor? beta, Tensor? tau, "
+      "Tensor? uniforms, Tensor? seed, Tensor? offset, Tensor? active, bool emit_bonus) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "commit(Tensor tokens, Tensor num_emitted, Tensor(a!) lengths, Tensor(b!) finished, Tensor? max_lengths, "
       "Tensor? stop_ids) -> (Tensor, Tensor)");

@@ -22,6 +22,9 @@
 #error "FD_CPU_LEVEL: expected 0, 1, 3 or 4"
 #endif
 
+// For functions that work on a whole row: compiled once per element type rather than into each of their callers.
+#define FD_ROW [[gnu::noinline]]
+
 #if defined(__CUDACC__)
 #define FD_HD __host__ __device__
 #else

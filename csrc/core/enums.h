@@ -16,8 +16,14 @@ enum Status : int32_t {
   kStatusErrors = kStatusNaN | kStatusNoMass | kStatusBadLength,
 };
 
-// Acceptance rules of verify_chain.
-enum Rule : int64_t { kRuleRatio = 0, kRuleCoupled = 1 };
+// Acceptance rules of verify_chain; typical and top_beta do not keep the target's law.
+enum Rule : int64_t { kRuleRatio = 0, kRuleCoupled = 1, kRuleBlock = 2, kRuleTypical = 3, kRuleTopBeta = 4 };
+
+// Last token of the typical rule: the row's argmax, or drawn from what the rule would have accepted.
+enum Bonus : int64_t { kBonusGreedy = 0, kBonusSample = 1 };
+
+// Whether top-p sees the law that top-k left, or both are cut from the same law.
+enum Order : int64_t { kOrderKThenP = 0, kOrderJoint = 1 };
 
 // Why a request ended, from commit.
 enum FinishReason : int32_t { kFinishNone = 0, kFinishStop = 1, kFinishLength = 2 };

@@ -1,111 +1,108 @@
 #include "sample/row_stats.h"
 
-#include "core/dtype.h"
-#include "core/fmath.h"
+#include "core/cpu/law.h"
 #include "core/rows.h"
-#include "core/tiles.h"
 
 namespace fastdecode::FD_ISA {
 namespace {
 
 // One tile, relative to its own maximum: sum of e^-d and of d e^-d, d = max - logit.
 struct TileStats {
-  double max, sum, moment;
+  double max, second, sum, moment;
+  int64_t argmax;
+  bool good;
 };
-
-template <class C>
-struct TopTwo {
-  C first = -kInf<C>, second = -kInf<C>;
-};
-
-// Largest and second largest of n values, NaN skipped.
-template <class C>
-TopTwo<C> top_two(const C* x, int64_t n) {
-  constexpr int64_t kWide = 16;
-  C first[kWide], second[kWide];
-  for (int64_t l = 0; l < kWide; ++l) first[l] = second[l] = -kInf<C>;
-  auto enter = [&](int64_t l, C value) {
-    const C lower = value < first[l] ? value : first[l];
-    first[l] = value > first[l] ? value : first[l];
-    second[l] = lower > second[l] ? lower : second[l];
-  };
-  int64_t i = 0;
-  for (; i + kWide <= n; i += kWide)
-    for (int64_t l = 0; l < kWide; ++l) enter(l, x[i + l]);
-  for (int64_t l = 0; i + l < n; ++l) enter(l, x[i + l]);
-  TopTwo<C> top;
-  for (int64_t l = 0; l < kWide; ++l) {
-    for (const C value : {first[l], second[l]}) {
-      const C lower = std::min(value, top.first);
-      top = {std::max(value, top.first), std::max(lower, top.second)};
-    }
-  }
-  return top;
-}
 
 template <class T, class C = Compute<T>>
-void one_row(const RowStatsArgs& a, int64_t r, const T* logits, TileStats* tiles) {
-  alignas(64) C x[kTile], e[kTile], de[kTile];
-  TopTwo<C> top;
-  int64_t argmax_tile = 0;
-  int bad = 0;
-  int64_t num_tiles = 0;
-  for (int64_t start = 0; start < a.vocab_size; start += kTile, ++num_tiles) {
-    const int64_t n = std::min(kTile, a.vocab_size - start);
-    for (int64_t i = 0; i < n; ++i) x[i] = load(logits[start + i]);
-    for (int64_t i = 0; i < n; ++i) bad |= !(x[i] < kInf<C>);
-    const TopTwo<C> here = top_two(x, n);
-    if (here.first > top.first) argmax_tile = start;
-    top.second = std::max(std::min(here.first, top.first), std::max(here.second, top.second));
-    top.first = std::max(here.first, top.first);
-    if (here.first == -kInf<C>) {
-      tiles[num_tiles] = {-kInf<double>, 0, 0};
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const C d = here.first - x[i];
-      e[i] = exp_minus(d);
-      de[i] = e[i] > C(0) ? d * e[i] : C(0);
-    }
-    tiles[num_tiles] = {static_cast<double>(here.first), static_cast<double>(tile_sum(e, n)),
-                        static_cast<double>(tile_sum(de, n))};
+TileStats tile_stats(const T* logits, int64_t start, int64_t n) {
+  C block_max[kTile / kBlock], max;
+  TileStats stats{-kInf<double>, -kInf<double>, 0, 0, -1, true};
+  const T* x = logits + start;
+  stats.good = detail::scan(x, n, block_max, max);
+  if (!stats.good || max == -kInf<C>) return stats;
+  // the two largest lie in the best block, or one in it and one heads another
+  int64_t best = 0;
+  while (block_max[best] != max) ++best;
+  int64_t at = best * kBlock;
+  while (load(x[at]) != max) ++at;
+  C second = -kInf<C>;
+  for (int64_t i = best * kBlock; i < std::min(n, (best + 1) * kBlock); ++i) {
+    const C other = i == at ? -kInf<C> : load(x[i]);
+    second = other > second ? other : second;
   }
-  const int32_t status = bad ? kStatusNaN : !(top.first > -kInf<C>) ? kStatusNoMass : 0;
-  a.status[r] = status;
-  if (status) return;
+  for (int64_t g = 0; g < num_blocks(n); ++g) second = g != best && block_max[g] > second ? block_max[g] : second;
+  C sum, moment;
+  tile_sums<C>(
+      n,
+      [=](int64_t i, C& e, C& de) {
+        const C d = max - load(x[i]);
+        e = exp_minus(d);
+        de = e > C(0) ? d * e : C(0);
+      },
+      sum, moment);
+  stats.max = static_cast<double>(max);
+  stats.second = static_cast<double>(second);
+  stats.sum = static_cast<double>(sum);
+  stats.moment = static_cast<double>(moment);
+  stats.argmax = start + at;
+  return stats;
+}
 
-  const double max = static_cast<double>(top.first);
-  double sum = 0, moment = 0;
+template <class C>
+void join(const RowStatsArgs& a, int64_t r, const TileStats* tiles, int64_t num_tiles) {
+  TileStats row{-kInf<double>, -kInf<double>, 0, 0, -1, true};
+  for (int64_t t = 0; t < num_tiles; ++t) {
+    row.good = row.good && tiles[t].good;
+    row.second = std::max({row.second, tiles[t].second, std::min(row.max, tiles[t].max)});
+    if (tiles[t].max > row.max) row.max = tiles[t].max, row.argmax = tiles[t].argmax;
+  }
+  a.status[r] = !row.good ? kStatusNaN : row.argmax < 0 ? kStatusNoMass : 0;
+  if (a.status[r]) return;
   for (int64_t t = 0; t < num_tiles; ++t) {
     if (!(tiles[t].sum > 0)) continue;
-    const double drop = max - tiles[t].max;
+    const double drop = row.max - tiles[t].max;
     const double scale = exp_minus(drop);
-    sum += scale * tiles[t].sum;
-    moment += scale * (tiles[t].moment + drop * tiles[t].sum);
+    row.sum += scale * tiles[t].sum;
+    row.moment += scale * (tiles[t].moment + drop * tiles[t].sum);
   }
-  const double log_sum = log_(sum);
-  int64_t argmax = argmax_tile;
-  while (load(logits[argmax]) != top.first) ++argmax;
-  static_cast<C*>(a.max)[r] = top.first;
-  static_cast<C*>(a.second)[r] = top.second;
-  static_cast<C*>(a.logsumexp)[r] = static_cast<C>(max + log_sum);
-  static_cast<C*>(a.entropy)[r] = static_cast<C>(log_sum + moment / sum);
-  a.argmax[r] = argmax;
+  const double log_sum = log_(row.sum);
+  static_cast<C*>(a.max)[r] = static_cast<C>(row.max);
+  static_cast<C*>(a.second)[r] = static_cast<C>(row.second);
+  static_cast<C*>(a.logsumexp)[r] = static_cast<C>(row.max + log_sum);
+  static_cast<C*>(a.entropy)[r] = static_cast<C>(log_sum + row.moment / row.sum);
+  a.argmax[r] = row.argmax;
 }
 
+int64_t num_tiles(const RowStatsArgs& a) { return (a.vocab_size + kTile - 1) / kTile; }
+
+// A row is cut into parts where there are fewer rows than threads. Results do not depend on it: tiles are joined in
+// order either way.
 template <class T, class C = Compute<T>>
 void run(const RowStatsArgs& a, const Exec& ex) {
-  const int64_t tiles = (a.vocab_size + kTile - 1) / kTile;
-  const int64_t bytes = tiles * static_cast<int64_t>(sizeof(TileStats));
-  for_each_row(ex, a.batch * a.rows, a.vocab_size, a.scratch, bytes, [&](int64_t r, void* buffer) {
+  const int64_t rows = a.batch * a.rows, tiles = num_tiles(a), V = a.vocab_size;
+  auto* const all = static_cast<TileStats*>(a.scratch);
+  auto active = [&](int64_t r) { return !a.active || a.active[r / a.rows]; };
+  auto clear = [&](int64_t r) {
     a.argmax[r] = -1;
     a.status[r] = 0;
     for (void* out : {a.max, a.second, a.logsumexp, a.entropy}) static_cast<C*>(out)[r] = 0;
-    const int64_t b = r / a.rows, row = r % a.rows;
-    if (a.active && !a.active[b]) return;
-    const T* logits = static_cast<const T*>(a.logits) + b * a.batch_stride + row * a.row_stride;
-    one_row(a, r, logits, static_cast<TileStats*>(buffer));
+  };
+  const int64_t parts = num_parts(rows, V, ex);
+  for_each_row(ex, rows * parts, V / parts, nullptr, 0, [&](int64_t job, void*) {
+    const int64_t r = job / parts, part = job % parts;
+    if (!active(r)) return;
+    const T* logits = static_cast<const T*>(a.logits) + r / a.rows * a.batch_stride + r % a.rows * a.row_stride;
+    for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t)
+      all[r * tiles + t] = tile_stats(logits, t * kTile, std::min(kTile, V - t * kTile));
+    if (parts > 1) return;
+    clear(r);
+    join<C>(a, r, all + r * tiles, tiles);
   });
+  for (int64_t r = 0; r < rows; ++r) {
+    if (active(r) && parts == 1) continue;
+    clear(r);
+    if (active(r)) join<C>(a, r, all + r * tiles, tiles);
+  }
 }
 
 }  // namespace
@@ -117,10 +114,8 @@ void row_stats(const RowStatsArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::row_stats_scratch_bytes(const RowStatsArgs& a, const Exec& ex) {
-  using fastdecode::FD_ISA::kTile;
-  return FD_ISA::num_slots(a.batch * a.rows, a.vocab_size, ex) * ((a.vocab_size + kTile - 1) / kTile) *
-         static_cast<int64_t>(sizeof(FD_ISA::TileStats));
+int64_t fastdecode::row_stats_scratch_bytes(const RowStatsArgs& a, const Exec&) {
+  return a.batch * a.rows * FD_ISA::num_tiles(a) * static_cast<int64_t>(sizeof(FD_ISA::TileStats));
 }
 #endif
 FD_CPU_OP(row_stats, RowStatsArgs)

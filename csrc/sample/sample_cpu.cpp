@@ -1,7 +1,7 @@
 #include "sample/sample.h"
 
+#include "core/cpu/draw.h"
 #include "core/rows.h"
-#include "core/sample_row.h"
 
 namespace fastdecode::FD_ISA {
 namespace {
@@ -10,19 +10,17 @@ template <class T, class C = Compute<T>>
 void run(const SampleArgs& a, const Exec& ex) {
   const int64_t V = a.vocab_size;
   const RandomArgs& random = a.random;
-  for_each_row(ex, a.batch, V, a.scratch, row_scratch_bytes(V, sizeof(C) == 8), [&](int64_t b, void* buffer) {
+  for_each_row(ex, a.batch, V, a.scratch, row_scratch_bytes<C>(V), [&](int64_t b, void* buffer) {
     a.tokens[b] = -1;
     a.status[b] = 0;
     if (a.active && !a.active[b]) return;
     const RowScratch<C> s = row_scratch<C>(buffer, V);
     const T* logits = static_cast<const T*>(a.logits) + b * a.batch_stride;
-    const RowLaw<C> law = row_law(logits, V, row_filter(a.filters, b, 0), s);
-    a.status[b] = law.status;
-    if (law.status) return;
     std::optional<double> uniform;
     if (random.uniforms) uniform = random.uniforms[b * random.uniform_stride];
     const Noise noise(random.seed ? random.seed[b] : 0, random.offset ? random.offset[b] : 0, a.stream, a.node);
-    a.tokens[b] = draw_from_law(law, s, V, uniform, noise);
+    a.status[b] = with_law(logits, V, row_filter(a.filters, b, 0, b), s,
+                           [&](auto& law) { a.tokens[b] = draw(law, uniform, noise); });
   });
 }
 
@@ -36,8 +34,7 @@ void sample(const SampleArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::sample_scratch_bytes(const SampleArgs& a, const Exec& ex) {
-  return FD_ISA::num_slots(a.batch, a.vocab_size, ex) *
-         FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype == DType::kFloat64);
+  return FD_ISA::num_slots(a.batch, a.vocab_size, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype);
 }
 #endif
 FD_CPU_OP(sample, SampleArgs)

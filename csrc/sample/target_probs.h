@@ -1,4 +1,4 @@
-// The target law of a row of logits (bias, bans, temperature, top-k, top-p, min-p in this order; core/filter.h),
+// The target law of a row of logits (core/filter.h),
 // as probabilities. Plain sampling, drafting and verification all speak of this law.
 #pragma once
 
@@ -11,12 +11,13 @@
 namespace fastdecode {
 
 struct TargetProbsArgs {
-  const void* logits;  // [batch, rows, vocab_size] of `dtype`, last dim contiguous
-  FilterArgs filters;  // row i of request b predicts position filters.offset[b] + i
-  const bool* active;  // [batch]; nullptr = all. Inactive rows are not read
-  void* probs;         // [batch, rows, vocab_size], written, contiguous; float, double for double logits
-  int32_t* status;     // [batch, rows], written: 1 = NaN or +inf in the row, 2 = no id left. probs are then 0
-  void* scratch;       // target_probs_scratch_bytes
+  const void* logits;        // [batch, rows, vocab_size] of `dtype`, last dim contiguous; flat: [rows, vocab_size]
+  const int32_t* row_start;  // [batch + 1], flat: request b has rows row_start[b] .. row_start[b + 1] - 1; else nullptr
+  FilterArgs filters;        // row i of request b predicts position filters.offset[b] + i
+  const bool* active;        // [batch]; nullptr = all. Inactive rows, and rows of no request, are not read: probs 0
+  void* probs;               // shape of logits, written, contiguous; float, double for double logits
+  int32_t* status;           // one per row, written: 1 = NaN or +inf in the row, 2 = no id left. probs are then 0
+  void* scratch;             // target_probs_scratch_bytes
   int64_t batch, rows, vocab_size;
   int64_t batch_stride, row_stride;  // elements of logits
   DType dtype;

@@ -5,7 +5,7 @@ from . import _lib
 _lib.load()
 
 from . import ops  # noqa: E402
-from ._host import FinishReason, Rule, Status, Stream  # noqa: E402
+from ._host import Bonus, FinishReason, Order, Rule, Status, Stream  # noqa: E402
 from .drafters import Context, Drafter, PromptLookup, SmallModel  # noqa: E402
 from .generation import generate, splitmix64, stream  # noqa: E402
 from .methods import METHODS, Method, find_method  # noqa: E402
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Bonus",
     "Chunk",
     "ConfidenceStop",
     "Context",
@@ -26,6 +27,7 @@ __all__ = [
     "FinishReason",
     "FixedLength",
     "Method",
+    "Order",
     "Policy",
     "PromptLookup",
     "Result",

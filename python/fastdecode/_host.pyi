@@ -17,6 +17,17 @@ class Status(enum.IntFlag):
 class Rule(enum.IntEnum):
     RATIO = 0
     COUPLED = 1
+    BLOCK = 2
+    TYPICAL = 3
+    TOP_BETA = 4
+
+class Bonus(enum.IntEnum):
+    GREEDY = 0
+    SAMPLE = 1
+
+class Order(enum.IntEnum):
+    K_THEN_P = 0
+    JOINT = 1
 
 class FinishReason(enum.IntEnum):
     NONE = 0

@@ -142,7 +142,7 @@ OTHERS = [
     ("verify_chain", {"target_probs": torch.zeros(B, K + 1, V)}, "target_.*"),
     ("verify_chain", {"seed": None, "offset": None, "uniforms": torch.zeros(B, K, dtype=F64)}, "uniforms"),
     ("verify_chain", {"rule": 7}, "rule"),
-    ("verify_chain", {"rule": "block"}, "rule"),
+    ("verify_chain", {"rule": "lucky"}, "rule"),
     ("verify_chain", {"rule": "coupled", "draft_probs": torch.zeros(B, K, V)}, "draft_probs"),
     ("commit", {"tokens": torch.zeros(B, dtype=torch.int64)}, "tokens"),
     ("commit", {"tokens": torch.zeros(B, K + 1, dtype=I32)}, "tokens"),

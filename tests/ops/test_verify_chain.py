@@ -415,7 +415,6 @@ def test_arguments_that_conflict(ops):
         {"target_logits": logits},
         {"target_logits": logits, **u, **keys},
         {"target_logits": logits, "seed": keys["seed"]},
-        {"target_logits": logits, "rule": "block", **u},
         {"target_logits": logits, "offset": keys["offset"], **u},
     ):
         with raises("^verify_chain: "):

@@ -2,7 +2,18 @@
 
 from .gemv import linear, pack_weight
 from .logits import Penalized, apply_token_bitmask_, penalize
-from .sample import RowStats, Sampled, TargetProbs, TokenLogprobs, row_stats, sample, target_probs, token_logprobs
+from .sample import (
+    RowStats,
+    Sampled,
+    TargetProbs,
+    TokenLogprobs,
+    TopkLogits,
+    row_stats,
+    sample,
+    target_probs,
+    token_logprobs,
+    topk_logits,
+)
 from .verify import Committed, Verified, commit, verify_chain, verify_chain_greedy
 
 __all__ = [
@@ -12,6 +23,7 @@ __all__ = [
     "Sampled",
     "TargetProbs",
     "TokenLogprobs",
+    "TopkLogits",
     "Verified",
     "apply_token_bitmask_",
     "commit",
@@ -22,6 +34,7 @@ __all__ = [
     "sample",
     "target_probs",
     "token_logprobs",
+    "topk_logits",
     "verify_chain",
     "verify_chain_greedy",
 ]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import enum
+
 import torch
 from torch import Tensor
+
+from .._host import Order
 
 FILTER_DOC = """
         temperature: float32 [B]; <= 0 or NaN is greedy, ties to the lowest id. None means 1.
         top_k: int32 [B]; keeps the k most likely ids, ties at the threshold by lowest id; <= 0 or >= V is off.
         top_p: float32 [B]; keeps the most likely ids up to and with the one that crosses top_p; >= 1 is off.
         min_p: float32 [B]; keeps ids with probability >= min_p times the largest, all ties; <= 0 is off.
+        typical_p: float32 [B]; keeps the ids whose -log p is nearest the entropy, up to and with the one that crosses
+            typical_p (Meister et al. 2022), ties by lowest id; >= 1 is off.
         bias: float32 [B, V] or [V], added to the logits first; -inf forbids an id.
         ban_ids: int64 [B, S] or [S], padded with -1: ids that are forbidden.
-        min_lengths: int64 [B, S] or [S]: ban_ids[b, s] is forbidden only at absolute positions below this."""
+        min_lengths: int64 [B, S] or [S]: ban_ids[b, s] is forbidden only at absolute positions below this.
+        bitmask: int32 [B, W] or [W], W = ceil(V / 32); with more rows per request also [B, n, W], with flat rows
+            [R, W]. Bit v & 31 of word v >> 5 says whether id v is allowed.
+        order: "k_then_p": top-p sees the renormalised law that top-k left; "joint": both are taken from the same law.
+            Or a `fastdecode.Order`."""
 
 
 def per_request(
@@ -63,20 +73,48 @@ def filters(
     top_k: Tensor | int | None,
     top_p: Tensor | float | None,
     min_p: Tensor | float | None,
+    typical_p: Tensor | float | None,
     bias: Tensor | None,
     ban_ids: Tensor | None,
     min_lengths: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The seven filter arguments in the order of the schemas."""
+    bitmask: Tensor | None,
+    order: str | int,
+) -> tuple[Tensor | int | None, ...]:
+    """The filter arguments in the order of the schemas; dimension 0 of `logits` counts the requests."""
     return (
         per_request(op, "temperature", temperature, logits, torch.float32),
         per_request(op, "top_k", top_k, logits, torch.int32),
         per_request(op, "top_p", top_p, logits, torch.float32),
         per_request(op, "min_p", min_p, logits, torch.float32),
+        per_request(op, "typical_p", typical_p, logits, torch.float32),
         per_request_rows(op, "bias", bias, logits),
         per_request_rows(op, "ban_ids", ban_ids, logits),
         per_request_rows(op, "min_lengths", min_lengths, logits),
+        per_request_rows(op, "bitmask", bitmask, logits),
+        number_of(op, "order", order, Order),
     )
+
+
+def number_of(op: str, name: str, value: str | int, kind: type[enum.IntEnum]) -> int:
+    """A member of an enum of csrc/core/enums.h by its lower-case name or number; numbers are checked by the op."""
+    if isinstance(value, str):
+        names = {member.name.lower(): int(member) for member in kind}
+        if value not in names:
+            raise ValueError(f"{op}: {name}: expected one of {sorted(names)}, got {value!r}")
+        return names[value]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{op}: {name}: expected a name or a {kind.__name__}, got {value!r}")
+    return int(value)
+
+
+def requests_of(op: str, logits: Tensor, row_start: Tensor | None) -> Tensor:
+    """A tensor whose dimension 0 counts the requests: the logits, or one view per request of flat rows."""
+    if row_start is None:
+        return logits
+    if not isinstance(row_start, Tensor) or row_start.dim() != 1 or row_start.shape[0] == 0:
+        got = list(row_start.shape) if isinstance(row_start, Tensor) else repr(row_start)
+        raise ValueError(f"{op}: row_start: expected int32 [B + 1], got {got}")
+    return row_start[1:]
 
 
 def value_dtype(logits: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Ops on rows of logits: statistics, the target law, drawing from it, log-probabilities (csrc/sample)."""
+"""Ops on rows of logits: statistics, the largest, the target law, draws from it, log-probabilities (csrc/sample)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import check_devices, filters, per_request, value_dtype, with_filter_doc
+from ._arguments import (
+    check_devices,
+    filters,
+    per_request,
+    per_request_rows,
+    requests_of,
+    value_dtype,
+    with_filter_doc,
+)
 
 
 class RowStats(NamedTuple):
@@ -32,6 +40,14 @@ class Sampled(NamedTuple):
     """See `sample`."""
 
     tokens: Tensor
+    status: Tensor
+
+
+class TopkLogits(NamedTuple):
+    """See `topk_logits`."""
+
+    values: Tensor
+    ids: Tensor
     status: Tensor
 
 
@@ -73,43 +89,80 @@ def _(logits: Tensor, *others: object) -> tuple[Tensor, ...]:
     return new(value), new(torch.int64), new(value), new(value), new(value), new(torch.int32)
 
 
+def topk_logits(logits: Tensor, k: int, *, active: Tensor | None = None) -> TopkLogits:
+    """The k largest logits of each row, largest first, ties by lowest id. One read of the row.
+
+    Args:
+        logits: float64, float32, float16 or bfloat16, [B, V] or [B, n, V]; rows may be strided, last dim contiguous.
+        k: 1..V.
+        active: bool [B]; requests that are False are not read.
+    Returns:
+        values: [B, k] or [B, n, k], float32 (float64 for float64 logits); ids: int64, the same shape; -inf and -1 where
+        fewer than k logits are finite, and in rows that are inactive or in error; status: int32 [B] or [B, n],
+        1 = NaN or +inf in the row, 2 = all -inf. Does not synchronise.
+    Raises:
+        ValueError: wrong rank, dtype, layout or device; k outside 1..V.
+    Reference: fastdecode.testing.reference.sample.
+    """
+    return TopkLogits(*torch.ops.fastdecode.topk_logits.default(logits, k, _active("topk_logits", active, logits)))
+
+
+@torch.library.register_fake("fastdecode::topk_logits")
+def _(logits: Tensor, k: int, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("topk_logits", logits, k, *others)
+    shape = (*logits.shape[:-1], k)
+    values, ids = logits.new_empty(shape, dtype=value_dtype(logits)), logits.new_empty(shape, dtype=torch.int64)
+    return values, ids, logits.new_empty(logits.shape[:-1], dtype=torch.int32)
+
+
 @with_filter_doc
 def target_probs(
     logits: Tensor,
     *,
+    row_start: Tensor | None = None,
     temperature: Tensor | float | None = None,
     top_k: Tensor | int | None = None,
     top_p: Tensor | float | None = None,
     min_p: Tensor | float | None = None,
+    typical_p: Tensor | float | None = None,
     bias: Tensor | None = None,
     ban_ids: Tensor | None = None,
     min_lengths: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    order: str | int = "k_then_p",
     offset: Tensor | int | None = None,
     active: Tensor | None = None,
 ) -> TargetProbs:
     """The law that `sample` draws from and `verify_chain` preserves, as probabilities.
 
-    Order: bias, bans, temperature, top-k, top-p, min-p; each filter sees the renormalised result of the one before, as
-    in transformers and vLLM.
+    Bias, bans and bitmask edit the logits; then temperature, top-k, top-p, min-p and typical, each filter seeing the
+    renormalised result of the one before, as in transformers and vLLM.
 
     Args:
         logits: float64, float32, float16 or bfloat16, [B, V] or [B, n, V]; rows may be strided, last dim contiguous.
+        row_start: int32 [B + 1], rising, for flat logits [R, V]: request b has rows row_start[b] to
+            row_start[b + 1] - 1. Per-request arguments stay [B]; rows that no request has get zeros and status 0.
         {filters}
         offset: int64 [B]: absolute position of the token that row 0 predicts (row i: offset + i); only for min_lengths.
         active: bool [B]; requests that are False are not read and get zeros.
     Returns:
-        probs: shape of logits, float32 (float64 for float64 logits); status: int32 [B] or [B, n], 1 = NaN or +inf in
+        probs: shape of logits, float32 (float64 for float64 logits); status: int32, one per row, 1 = NaN or +inf in
         the row, 2 = no id left; the row's probs are then 0. Does not synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device; offset without min_lengths.
     Reference: fastdecode.testing.reference.sample.
     """
+    op = "target_probs"
+    requests = requests_of(op, logits, row_start)
+    bitmask = per_request_rows(op, "bitmask", bitmask, logits)
+    chosen = (temperature, top_k, top_p, min_p, typical_p, bias, ban_ids, min_lengths, bitmask, order)
     return TargetProbs(
         *torch.ops.fastdecode.target_probs.default(
             logits,
-            *filters("target_probs", logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
-            per_request("target_probs", "offset", offset, logits, torch.int64),
-            _active("target_probs", active, logits),
+            row_start,
+            *filters(op, requests, *chosen),
+            per_request(op, "offset", offset, requests, torch.int64),
+            _active(op, active, requests),
         )
     )
 
@@ -129,9 +182,12 @@ def sample(
     top_k: Tensor | int | None = None,
     top_p: Tensor | float | None = None,
     min_p: Tensor | float | None = None,
+    typical_p: Tensor | float | None = None,
     bias: Tensor | None = None,
     ban_ids: Tensor | None = None,
     min_lengths: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    order: str | int = "k_then_p",
     uniforms: Tensor | None = None,
     seed: Tensor | int | None = None,
     offset: Tensor | int | None = None,
@@ -161,10 +217,11 @@ def sample(
         ValueError: wrong rank, shape, dtype, layout or device; both or neither of uniforms and seed.
     Reference: fastdecode.testing.reference.sample.
     """
+    chosen = (temperature, top_k, top_p, min_p, typical_p, bias, ban_ids, min_lengths, bitmask, order)
     return Sampled(
         *torch.ops.fastdecode.sample.default(
             logits,
-            *filters("sample", logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            *filters("sample", logits, *chosen),
             per_request("sample", "uniforms", uniforms, logits, torch.float64),
             per_request("sample", "seed", seed, logits, torch.int64),
             per_request("sample", "offset", offset, logits, torch.int64),
@@ -189,13 +246,17 @@ def token_logprobs(
     *,
     filtered: bool = False,
     top: int = 0,
+    row_start: Tensor | None = None,
     temperature: Tensor | float | None = None,
     top_k: Tensor | int | None = None,
     top_p: Tensor | float | None = None,
     min_p: Tensor | float | None = None,
+    typical_p: Tensor | float | None = None,
     bias: Tensor | None = None,
     ban_ids: Tensor | None = None,
     min_lengths: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    order: str | int = "k_then_p",
     offset: Tensor | int | None = None,
     active: Tensor | None = None,
 ) -> TokenLogprobs:
@@ -203,34 +264,41 @@ def token_logprobs(
 
     Args:
         logits: float64, float32, float16 or bfloat16, [B, V] or [B, n, V]; rows may be strided, last dim contiguous.
-        tokens: int64 [B] or [B, n]; -1 is padding, with log-probability 0.
+        tokens: int64 [B], [B, n], or [R] beside row_start; -1 is padding, with log-probability 0.
         filtered: True takes the law of `target_probs` under the filters below; False takes log_softmax(logits), the
             number APIs report, and refuses filters.
         top: how many of the most likely ids to return, 0..V.
+        row_start: int32 [B + 1], rising, for flat logits [R, V]: request b has rows row_start[b] to
+            row_start[b + 1] - 1; rows that no request has are not read.
         {filters}
         offset: int64 [B]: absolute position of the token that row 0 predicts; only for min_lengths.
         active: bool [B]; requests that are False are not read.
     Returns:
-        logprobs: [B] or [B, n], float32 (float64 for float64 logits), -inf where the law gives 0 and outside the
-        vocabulary; top_ids: int64
-        [..., top], most likely first, ties by id, -1 where fewer are left; top_logprobs beside them, -inf beside -1;
+        logprobs: shape of tokens, float32 (float64 for float64 logits), -inf where the law gives 0 and outside the
+        vocabulary; top_ids: int64 [..., top], most likely first, ties by id, -1 where fewer are left; top_logprobs
+        beside them, -inf beside -1;
         status: int32, 1 = NaN or +inf in the row, 2 = no id left, 4 = a token outside the vocabulary. Does not
         synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device; filters without filtered=True.
     Reference: fastdecode.testing.reference.sample.
     """
-    given = filters("token_logprobs", logits, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths)
-    if not filtered and any(value is not None for value in given):
+    op = "token_logprobs"
+    requests = requests_of(op, logits, row_start)
+    bitmask = per_request_rows(op, "bitmask", bitmask, logits)
+    chosen = (temperature, top_k, top_p, min_p, typical_p, bias, ban_ids, min_lengths, bitmask, order)
+    given = filters(op, requests, *chosen)
+    if not filtered and any(value is not None for value in given[:-1]) | bool(given[-1]):
         raise ValueError("token_logprobs: filtered: expected True beside filters, got False")
     return TokenLogprobs(
         *torch.ops.fastdecode.token_logprobs.default(
             logits,
             tokens,
             top,
+            row_start,
             *given,
-            per_request("token_logprobs", "offset", offset, logits, torch.int64),
-            _active("token_logprobs", active, logits),
+            per_request(op, "offset", offset, requests, torch.int64),
+            _active(op, active, requests),
         )
     )
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._host import Rule
-from ._arguments import check_devices, filters, per_request, per_request_rows, with_filter_doc
+from .._host import Bonus, Rule
+from ._arguments import check_devices, filters, number_of, per_request, per_request_rows, with_filter_doc
 
 
 class Verified(NamedTuple):
@@ -70,68 +70,108 @@ def verify_chain(
     *,
     target_logits: Tensor | None = None,
     target_probs: Tensor | None = None,
+    row_start: Tensor | None = None,
     rule: str | int = "ratio",
     temperature: Tensor | float | None = None,
     top_k: Tensor | int | None = None,
     top_p: Tensor | float | None = None,
     min_p: Tensor | float | None = None,
+    typical_p: Tensor | float | None = None,
     bias: Tensor | None = None,
     ban_ids: Tensor | None = None,
     min_lengths: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    order: str | int = "k_then_p",
+    draft_to_target: Tensor | None = None,
+    eps: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    bonus: str | int = "greedy",
+    beta: Tensor | int | None = None,
+    tau: Tensor | float | None = None,
     uniforms: Tensor | None = None,
     seed: Tensor | int | None = None,
     offset: Tensor | int | None = None,
     active: Tensor | None = None,
     emit_bonus: bool = True,
 ) -> Verified:
-    """Verify a chain of draft tokens so that what is emitted follows the target's law.
+    """Verify a chain of draft tokens against the target's rows: keep a prefix, emit one token after it.
 
-    rule "ratio": accept draft x with probability min(1, target(x) / draft(x)); at the first rejection emit one token
+    Rules that keep the target's law:
+    "ratio": accept draft x with probability min(1, target(x) / draft(x)); at the first rejection emit one token
     from norm((target - draft)+), after full acceptance one from the next row. Exact in law if every draft was drawn
     from its row of draft_probs; without draft_probs any draft will do.
-    rule "coupled": emit what `sample` would draw from each row with the same seed, and go on while the draft agrees.
+    "block": the same law and inputs, but prefixes are judged instead of tokens, which keeps at least as many on
+    average. Needs draft noise that does not repeat when a position is drafted again: key it by the round.
+    "coupled": emit what `sample` would draw from each row with the same seed, and go on while the draft agrees.
     The tokens are those of plain sampling, whatever the drafts are.
+
+    Rules that do not, and promise no distribution:
+    "typical": accept x if target(x) > min(eps, delta exp(-entropy)); then the argmax of the next row, or with bonus
+    "sample" a draw from its ids that clear the threshold (the most likely always does).
+    "top_beta": accept x if it is among the beta largest logits, ties by id, and at most tau below the largest; then the
+    argmax. beta 1 and tau 0 are greedy decoding.
 
     Args:
         draft_tokens: int64 [B, K]; rows may be strided, last dim contiguous; K may be 0.
         draft_probs: [B, K, V] in the dtype of the target, or in that of `target_probs` of it (float32; float64 for
             float64): the law each draft token was drawn from, after the same filters; None means deterministic
-            drafts. Rule ratio only.
+            drafts. Rules ratio and block only.
         draft_lens: drafts in use per request, int32 [B], 0..K; None means K.
         target_logits: float64, float32, float16 or bfloat16 [B, K + 1, V]: row 0 predicts the token after the last
             committed one, row i + 1 the token after draft i.
-        target_probs: the same as probabilities that sum to 1 (used as given); exactly one of the two; rule ratio only,
-            without filters. Rows of probabilities are read only where a decision needs them.
-        rule: "ratio", "coupled" or a `fastdecode.Rule`.
+        target_probs: the same as probabilities that sum to 1 (used as given); exactly one of the two; without filters,
+            not for coupled and top_beta. Rows of probabilities are read only where a decision needs them.
+        row_start: int32 [B + 1], for flat targets [R, V]: request b's rows are row_start[b] .. row_start[b + 1] - 1, at
+            least draft_lens[b] + 1; fewer, or a start outside 0..R, is status 32.
+        rule: one of the names above, or a `fastdecode.Rule`.
         {filters}
-        uniforms: float64 [B, K + 1] in (0, 1). ratio: [b, i] accepts draft i, the last column makes the final draw
-            by inverse CDF; coupled: [b, i] draws from row i. Excludes seed.
-        seed: int64 [B].
+        draft_to_target: int64 [V_draft]: draft_tokens, and the last dim of draft_probs [B, K, V_draft], are ids of
+            another vocabulary, and this is what each means in the target's; -1 for nothing. Draft ids of one meaning
+            add up. A draft that means nothing is rejected, with draft probabilities as one of target probability 0.
+        eps, delta: float32 [B]; rule typical; None means 0.09 and 0.3.
+        bonus: "greedy", "sample" or a `fastdecode.Bonus`; rule typical.
+        beta: int32 [B]; rule top_beta; None means 1.
+        tau: float32 [B], difference of logits; rule top_beta; None means 0.
+        uniforms: float64 [B, K + 1] in (0, 1). [b, i] accepts draft i (block: the prefix that ends with it), the last
+            column makes the final draw by inverse CDF; coupled: [b, i] draws from row i. Excludes seed.
+        seed: int64 [B]. Rules that draw nothing (top_beta, typical with bonus "greedy") take neither.
         offset: int64 [B]: absolute position of the token that row 0 predicts; required with seed.
         active: bool [B]; requests that are False are not read and emit nothing.
         emit_bonus: False emits nothing after full acceptance.
     Returns:
-        tokens: int64 [B, K + 1] padded with -1; num_accepted: int32 [B], drafts kept; num_emitted: int32 [B],
-        num_accepted + 1, or num_accepted after full acceptance without bonus; status: int32 [B], bits of
+        tokens: int64 [B, K + 1] padded with -1, ids of the target; num_accepted: int32 [B], drafts kept; num_emitted:
+        int32 [B], num_accepted + 1, or num_accepted after full acceptance without bonus; status: int32 [B], bits of
         `fastdecode.Status`; a request in error (NaN, no mass, bad length) has tokens -1 and counts 0. A draft id
         outside the vocabulary is rejected, or is a mismatch. Does not synchronise.
     Raises:
         ValueError: wrong rank, shape, dtype, layout or device; arguments that conflict or that the rule does not use.
-    Source: Leviathan et al. 2023, Chen et al. 2023. Reference: fastdecode.testing.reference.verify.
+    Source: Leviathan et al. 2023, Chen et al. 2023 (ratio); Sun et al. 2024 (block); Cai et al. 2024 (typical, Medusa);
+    Xia et al. 2023 (top_beta, SpecDec). Reference: fastdecode.testing.reference.verify.
     """
+    op = "verify_chain"
+    chosen = (temperature, top_k, top_p, min_p, typical_p, bias, ban_ids, min_lengths)
+    if row_start is not None and target_logits is not None:
+        bitmask = per_request_rows(op, "bitmask", bitmask, target_logits)
     return Verified(
         *torch.ops.fastdecode.verify_chain.default(
             draft_tokens,
             draft_probs,
-            _counts("verify_chain", "draft_lens", draft_lens, draft_tokens),
+            _counts(op, "draft_lens", draft_lens, draft_tokens),
             target_logits,
             target_probs,
-            _rule(rule),
-            *filters("verify_chain", draft_tokens, temperature, top_k, top_p, min_p, bias, ban_ids, min_lengths),
+            row_start,
+            number_of(op, "rule", rule, Rule),
+            *filters(op, draft_tokens, *chosen, bitmask, order),
+            draft_to_target,
+            per_request(op, "eps", eps, draft_tokens, torch.float32),
+            per_request(op, "delta", delta, draft_tokens, torch.float32),
+            number_of(op, "bonus", bonus, Bonus),
+            _counts(op, "beta", beta, draft_tokens),
+            per_request(op, "tau", tau, draft_tokens, torch.float32),
             uniforms,
-            per_request("verify_chain", "seed", seed, draft_tokens, torch.int64),
-            per_request("verify_chain", "offset", offset, draft_tokens, torch.int64),
-            per_request("verify_chain", "active", active, draft_tokens, torch.bool),
+            per_request(op, "seed", seed, draft_tokens, torch.int64),
+            per_request(op, "offset", offset, draft_tokens, torch.int64),
+            per_request(op, "active", active, draft_tokens, torch.bool),
             emit_bonus,
         )
     )
@@ -186,18 +226,7 @@ def _(tokens: Tensor, num_emitted: Tensor, *others: object) -> tuple[Tensor, Ten
     return torch.empty_like(num_emitted), torch.empty_like(num_emitted)
 
 
-def _rule(rule: str | int) -> int:
-    if isinstance(rule, str):
-        names = {member.name.lower(): int(member) for member in Rule}
-        if rule not in names:
-            raise ValueError(f"verify_chain: rule: expected one of {sorted(names)}, got {rule!r}")
-        return names[rule]
-    if not isinstance(rule, int):
-        raise ValueError(f"verify_chain: rule: expected a name or a Rule, got {rule!r}")
-    return int(rule)
-
-
-def _counts(op: str, name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
+def _counts(op: str, name: str, value: Tensor | int | None, like: Tensor) -> Tensor | None:
     return per_request(op, name, value, like, torch.int32)
 
 

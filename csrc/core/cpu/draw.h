@@ -1,0 +1,199 @@
+// Drawing one id from a row: an exponential race on counter-based noise, or inverse CDF of a given uniform.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "core/cpu/law.h"
+#include "core/draw.h"
+#include "core/philox.h"
+
+namespace fastdecode::FD_ISA {
+
+namespace detail {
+
+// Noise::group for eight counters, whose low halves are in `group`.
+struct Noise8 {
+  Words8 w[4];  // words 0 .. 3 of each counter, in the low halves
+};
+inline Noise8 noise8(const Noise& n, const Words8& group) {
+  const Words8 m0 = Words8{} + 0xD2511F53u, m1 = Words8{} + 0xCD9E8D57u;
+  Words8 c0 = group, c1 = Words8{} + n.stream_node, c2 = Words8{} + n.offset_lo, c3 = Words8{} + n.offset_hi;
+  uint32_t k0 = n.seed_lo, k1 = n.seed_hi;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Words8 a = multiply_low(c0, m0), b = multiply_low(c2, m1);
+    c0 = b >> 32 ^ c1 ^ (Words8{} + k0);
+    c2 = a >> 32 ^ c3 ^ (Words8{} + k1);
+    c1 = b;
+    c3 = a;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The words of ids 4 * group .. 4 * group + 31, group a multiple of 8, as two runs of sixteen.
+inline void noise_of_ids(const Noise& n, uint32_t group, LaneBits<float> (&out)[2]) {
+  const Noise8 noise = noise8(n, Words8{0, 1, 2, 3, 4, 5, 6, 7} + group);
+  const Words8 low = (noise.w[0] & 0xffffffffu) | noise.w[1] << 32;
+  const Words8 high = (noise.w[2] & 0xffffffffu) | noise.w[3] << 32;
+  out[0] = (LaneBits<float>)__builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
+  out[1] = (LaneBits<float>)__builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+
+inline constexpr float kLog2E = 0x1.715476p0f;
+
+// Bounds of log2 that need no logarithm: the bits of a float, read as a number, are its logarithm with straight lines
+// between the powers of two, at most 0.0861 too low.
+inline Lanes<float> log2_below(const Lanes<float>& x) {
+  typedef int32_t Signed __attribute__((vector_size(64)));
+  return __builtin_convertvector((Signed)x, Lanes<float>) * 0x1p-23f - 127.0f;
+}
+inline Lanes<float> log2_above(const Lanes<float>& x) {
+  const Lanes<float> bound = log2_below(x) + 0.0862f;
+  return x > 0.0f ? bound : Lanes<float>{} - kInf<float>;
+}
+
+inline Lanes<float> to_float(const Lanes<float>& x) { return x; }
+inline Lanes<float> to_float(const Lanes<double>& x) { return __builtin_convertvector(x, Lanes<float>); }
+
+// The leader of a race. Ids enter in any order; a tie goes to the lowest.
+template <class C>
+struct Leader {
+  C best = -kInf<C>;
+  int64_t winner = -1;
+  // An id with word w can only win if log2(v) - log2(its weight) stays below this: its Gumbel variate
+  // -log(-log(1 - v)) is at most -log(v). A little more, for the roundings.
+  float reach = kInf<float>;
+
+  void enter(int64_t v, C key, uint32_t word) {
+    const C total = key + static_cast<C>(gumbel(word));
+    if (total > best || (total == best && v < winner)) {
+      best = total;
+      winner = v;
+      reach = 0.02f - static_cast<float>(best) * kLog2E;
+    }
+  }
+};
+
+}  // namespace detail
+
+// argmax over all ids v < vocab_size of key(v) + gumbel(v); ids with key -inf never win, ties go to the lowest id; -1
+// if no id can win. Every id's noise depends on its index alone, so any split of the row gives the same winner.
+// log2_bound(v), for sixteen ids from v on, is at least log2(e) * key and finite only where key is; it decides for
+// which ids the variate is computed at all.
+template <class C, class KeyOf, class BoundOf>
+int64_t race(int64_t vocab_size, const Noise& noise, detail::Leader<C> leader, const KeyOf& key,
+             const BoundOf& log2_bound) {
+  constexpr int64_t kStep = 64;
+  auto enter = [&](int64_t v, uint32_t word) {
+    const C k = key(v);
+    if (k > -kInf<C>) leader.enter(v, k, word);
+  };
+  int64_t start = 0;
+  for (; start + kStep <= vocab_size; start += kStep) {
+    LaneBits<float> words[kStep / kWide];
+    for (int64_t half = 0; half < 2; ++half) {
+      LaneBits<float> two[2];
+      detail::noise_of_ids(noise, static_cast<uint32_t>((start + 32 * half) / 4), two);
+      words[2 * half] = two[0];
+      words[2 * half + 1] = two[1];
+    }
+    LaneBits<float> may_win[kStep / kWide], any = {};
+    for (int64_t j = 0; j < kStep / kWide; ++j) {
+      const Lanes<float> v = __builtin_convertvector(words[j], Lanes<float>) * 0x1p-32f + 0x1p-33f;
+      may_win[j] = (LaneBits<float>)(detail::log2_below(v) - log2_bound(start + j * kWide) < leader.reach);
+      any |= may_win[j];
+    }
+    if (!any_bit(any)) continue;
+    for (int64_t j = 0; j < kStep / kWide; ++j)
+      for (int64_t l = 0; l < kWide; ++l)
+        if (may_win[j][l]) enter(start + j * kWide + l, words[j][l]);
+  }
+  for (; start < vocab_size; ++start) enter(start, noise.word(start));
+  return leader.winner;
+}
+
+// The same over listed ids, key(j) belonging to ids[j].
+template <class C, class KeyOf>
+int64_t race_listed(const uint32_t* ids, int64_t count, const Noise& noise, const KeyOf& key) {
+  detail::Leader<C> leader;
+  for (int64_t start = 0; start < count; start += 8) {
+    const int64_t n = std::min<int64_t>(8, count - start);
+    Words8 group = {};
+    for (int64_t l = 0; l < n; ++l) group[l] = ids[start + l] >> 2;
+    const detail::Noise8 words = detail::noise8(noise, group);
+    for (int64_t l = 0; l < n; ++l) {
+      const uint32_t id = ids[start + l];
+      const C k = key(start + l);
+      if (k > -kInf<C>) leader.enter(id, k, static_cast<uint32_t>(words.w[id & 3][l]));
+    }
+  }
+  return leader.winner;
+}
+
+// First id, in id order, whose cumulative weight exceeds uniform * sum; `sum` is that of the weights and positive.
+// Where rounding leaves the walk short of that, the last id with weight.
+template <class C>
+FD_ROW int64_t inverse_cdf(const Weights<C>& w, double sum, double uniform) {
+  const double wanted = uniform * sum;
+  double before = 0;
+  int64_t found = -1, end = w.count;
+  const C* weight = w.weight;
+  for_each_tile<C>(
+      w.ids, w.count, [weight](int64_t j) { return weight[j]; },
+      [&](int64_t first, int64_t last, double tile) {
+        if (before + tile <= wanted) return before += tile, false;
+        for (int64_t j = first; j < last && found < 0; ++j) {
+          before += static_cast<double>(weight[j]);
+          if (weight[j] > C(0) && before > wanted) found = j;
+        }
+        end = last;
+        return true;
+      });
+  if (found < 0) {
+    while (end > 0 && !(weight[end - 1] > C(0))) --end;
+    found = end - 1;
+  }
+  return w.id(found);
+}
+
+// One id of a law: what `sample` does, and the coupled rule and the bonus token after it. By inverse CDF where
+// `uniform` is given, else by a race on `noise`.
+template <class E, class C = Compute<E>>
+FD_ROW int64_t draw(Law<E>& law, std::optional<double> uniform, const Noise& noise) {
+  if (law.count() == 1) return law.weights().id(0);
+  if (uniform) {
+    law.store_weights();
+    return inverse_cdf(law.weights(), law.sum(), *uniform);
+  }
+  const C* distance = law.s.distance;
+  if (!law.dense()) return race_listed<C>(law.s.ids, law.count(), noise, [=](int64_t j) { return -distance[j]; });
+  // the most likely id first: what it draws rules out most others
+  detail::Leader<C> leader;
+  const int64_t top = law.argmax();
+  leader.enter(top, C(0), noise.word(top));
+  return race<C>(
+      law.V, noise, leader, [&](int64_t v) { return -law.distance(v); },
+      [&](int64_t v) { return detail::to_float(law.distances(v)) * -detail::kLog2E; });
+}
+
+// One id of weights that need not add up to 1; `sum`, their sum, is positive.
+template <class C>
+FD_ROW int64_t draw(const Weights<C>& w, double sum, std::optional<double> uniform, const Noise& noise) {
+  if (uniform) return inverse_cdf(w, sum, *uniform);
+  const C* weight = w.weight;
+  auto key = [weight](int64_t j) { return log_(weight[j]); };
+  if (w.ids) return race_listed<C>(w.ids, w.count, noise, key);
+  // float has less range than double: relative to the largest, no weight that could win underflows
+  C top = 0;
+  for (int64_t v = 0; v < w.count; ++v) top = weight[v] > top ? weight[v] : top;
+  const auto at_top = static_cast<float>(log_(top)) * detail::kLog2E;
+  const C scale = C(1) / top;
+  return race<C>(w.count, noise, {}, key, [=](int64_t v) {
+    return detail::log2_above(detail::to_float(load_lanes(weight + v) * scale)) + at_top;
+  });
+}
+
+}  // namespace fastdecode::FD_ISA

@@ -1,0 +1,120 @@
+// Sixteen neighbouring elements as one value, in the compiler's vector extension: one register at AVX-512, several
+// below, the same bits everywhere. For the loops that compilers do not vectorise well by themselves.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the header's own undefined registers
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "core/dtype.h"
+
+namespace fastdecode::FD_ISA {
+
+inline constexpr int64_t kWide = 16;
+
+template <class C>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  typedef float Value __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+};
+template <>
+struct LanesOf<double> {
+  typedef double Value __attribute__((vector_size(128)));
+  typedef uint64_t Bits __attribute__((vector_size(128)));
+};
+template <class C>
+using Lanes = typename LanesOf<C>::Value;
+template <class C>
+using LaneBits = typename LanesOf<C>::Bits;  // also what a comparison gives: all ones or zero
+
+template <class C>
+Lanes<C> load_lanes(const C* p) {
+  Lanes<C> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+namespace detail {
+typedef uint16_t Bits16 __attribute__((vector_size(32)));
+inline LaneBits<float> widen(const void* p) {
+  Bits16 bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return __builtin_convertvector(bits, LaneBits<float>);
+}
+}  // namespace detail
+
+inline Lanes<float> load_lanes(const BFloat16* p) { return (Lanes<float>)(detail::widen(p) << 16); }
+inline Lanes<float> load_lanes(const Half* p) {  // load(Half), lane by lane
+  const LaneBits<float> bits = detail::widen(p);
+  const LaneBits<float> rest = (bits & 0x7fffu) << 13;
+  const LaneBits<float> scaled = (LaneBits<float>)((Lanes<float>)rest * 0x1p112f);
+  const LaneBits<float> special = (LaneBits<float>)(rest >= 0x0f800000u) & 0x7f800000u;
+  return (Lanes<float>)(scaled | special | (bits & 0x8000u) << 16);
+}
+
+template <class C>
+void store_lanes(C* p, const Lanes<C>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <class C>
+Lanes<C> larger(const Lanes<C>& a, const Lanes<C>& b) {
+  return a > b ? a : b;
+}
+
+// Largest of the sixteen; NaN where some are NaN is any of the others or NaN.
+template <class C>
+C largest(Lanes<C> v) {
+  v = larger<C>(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = larger<C>(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = larger<C>(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  v = larger<C>(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return v[0];
+}
+
+// Whether any bit is set.
+template <class Bits>
+bool any_bit(const Bits& bits) {
+  uint64_t words[sizeof(Bits) / 8];
+  std::memcpy(words, &bits, sizeof(bits));
+  uint64_t all = 0;
+  for (const uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+// Sums of neighbours: lane l is pair 2l + (2l + 1) of the 32 lanes a, b.
+template <class C>
+Lanes<C> add_neighbours(const Lanes<C>& a, const Lanes<C>& b) {
+  const Lanes<C> even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Lanes<C> odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return even + odd;
+}
+
+// Eight 32-bit numbers, each in the low half of a 64-bit lane; the high halves are arbitrary.
+typedef uint64_t Words8 __attribute__((vector_size(64)));
+
+// Full products of the low halves.
+inline Words8 multiply_low(const Words8& a, const Words8& b) {
+#if FD_CPU_LEVEL >= 4
+  return (Words8)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif FD_CPU_LEVEL == 3
+  typedef uint64_t Half256 __attribute__((vector_size(32)));
+  const Half256 low = (Half256)_mm256_mul_epu32((__m256i)__builtin_shufflevector(a, a, 0, 1, 2, 3),
+                                                (__m256i)__builtin_shufflevector(b, b, 0, 1, 2, 3));
+  const Half256 high = (Half256)_mm256_mul_epu32((__m256i)__builtin_shufflevector(a, a, 4, 5, 6, 7),
+                                                 (__m256i)__builtin_shufflevector(b, b, 4, 5, 6, 7));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+}  // namespace fastdecode::FD_ISA
