@@ -8,7 +8,7 @@ from . import ops  # noqa: E402
 from ._host import Bonus, FinishReason, Order, Rule, Status, Stream  # noqa: E402
 from .drafters import Context, Drafter, PromptLookup, SmallModel  # noqa: E402
 from .generation import generate, splitmix64, stream  # noqa: E402
-from .methods import METHODS, Method, find_method  # noqa: E402
+from .methods import METHODS, RULES, AcceptanceRule, Method, find_method  # noqa: E402
 from .models import load_model  # noqa: E402
 from .policies import ConfidenceStop, FixedLength, Policy  # noqa: E402
 from .runtime import cpu_levels, pin_threads, set_cpu_level  # noqa: E402
@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "RULES",
+    "AcceptanceRule",
     "Bonus",
     "Chunk",
     "ConfidenceStop",

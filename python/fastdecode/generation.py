@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._host import Rule
 from .drafters import Drafter
 from .loops import Batch, autoregressive, speculative
-from .methods import Method, find_method
+from .methods import RULES, AcceptanceRule, Method, find_method, own_method
 from .models import HuggingFaceModel, Model, load_model
 from .models.huggingface import is_transformers_model, is_transformers_tokenizer, wrap_tokenizer
 from .models.tokenizer import Tokenizer
-from .policies import FixedLength, Policy
+from .policies import Policy
 from .types import Chunk, Result, Results, SamplingParams, is_int, is_number
 
 __all__ = ["generate", "splitmix64", "stream"]
@@ -77,8 +76,8 @@ def generate(
             or array [B, n]. A Model object with ids needs torch and numpy only; text needs a tokenizer: `tokenizer`, or
             the folder's `tokenizer.json`.
         method: a name from `fastdecode.METHODS`, or a Drafter of your own for the speculative loop.
-        rule: how drafts are accepted under sampling, "coupled" or "ratio" (see `fastdecode.methods`); None is the first
-            of the method's.
+        rule: how drafts are accepted: "coupled", "ratio" or "block", which keep plain decoding's tokens or law, and
+            "typical" or "top_beta", which do not (see `fastdecode.RULES`); None is the first of the method's.
         draft_model: as `model`, with the same vocabulary, where the method has a draft model; None is the shipped one
             if `model` is None too.
         draft_length: most drafts per round; None is the method's default.
@@ -102,7 +101,7 @@ def generate(
         attention_mask: 1 or True where a prompt tensor or array holds tokens, in its shape; what is 0, left or right of
             them, is padding and not part of the prompt.
         dtype: of the weights of the models that are read from folders; None is the default of `load_model`.
-        **parameters: the method's own, see its entry in `fastdecode.METHODS`.
+        **parameters: the method's own and the rule's, see their entries in `fastdecode.METHODS` and `fastdecode.RULES`.
 
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, min_p and the penalties may be lists with one value
         per prompt.
@@ -161,7 +160,8 @@ class _Run:
 def _prepare(given: Mapping[str, Any], *, with_text: bool) -> _Run:
     """Check the arguments of `generate`, load what they name, and set the loop up; nothing has been decoded yet."""
     method = _method(given["method"])
-    parameters = _parameters(method, given)
+    rule = _rule(method, given["rule"])
+    parameters = _parameters(method, rule, given)
     prompt, mask = given["prompt"], given["attention_mask"]
     prompts, single = _split(prompt if mask is None else _unpad(prompt, mask))
     stop = _stop(given["stop"])
@@ -178,13 +178,23 @@ def _prepare(given: Mapping[str, Any], *, with_text: bool) -> _Run:
     tokenizer = _tokenizer(folder, needed=needs_text) if tokenizer is None else tokenizer
     ids = [_ids(item, tokenizer, model) for item in prompts]
     params = _sampling({**given, "stop": stop}, len(ids), model.config.vocab_size)
-    rule = Rule.RATIO if _rule(method, given["rule"]) == "ratio" else Rule.COUPLED
-    if method.drafter is None or method.policy is None:
-        batch = Batch(model.config, ids, params, rule=rule, tokenizer=tokenizer, with_text=with_text)
+    if rule is None or method.drafter is None or method.policy is None:
+        batch = Batch(model.config, ids, params, tokenizer=tokenizer, with_text=with_text)
         return _Run(batch, autoregressive(model, batch), single)
+    for asked in params:
+        if asked.temperature > 0 and not rule.samples:
+            raise _fail("temperature", f"0 with rule {rule.name!r}, which takes the likeliest", asked.temperature)
     drafter = method.drafter(parameters, _draft_model(given, model) if method.needs_draft_model else None)
     policy = given["policy"] or method.policy(parameters)
-    batch = Batch(model.config, ids, params, rule=rule, tokenizer=tokenizer, with_text=with_text)
+    batch = Batch(
+        model.config,
+        ids,
+        params,
+        rule=rule.number,
+        rule_parameters={name: parameters[name] for name in rule.parameters},
+        tokenizer=tokenizer,
+        with_text=with_text,
+    )
     return _Run(batch, speculative(model, batch, drafter, policy), single)
 
 
@@ -193,31 +203,26 @@ def _fail(name: str, expected: str, got: object) -> ValueError:
 
 
 def _method(method: str | Drafter) -> Method:
-    if isinstance(method, Drafter):
-        return Method(
-            name=type(method).__name__,
-            paper="your own",
-            parts=("speculative", type(method).__name__, "FixedLength", "verify_chain"),
-            parameters={"draft_length": 4},
-            rules=("coupled", "ratio"),
-            drafter=lambda parameters, model: method,
-            policy=lambda parameters: FixedLength(parameters["draft_length"]),
-        )
-    return find_method(method)
+    return own_method(method) if isinstance(method, Drafter) else find_method(method)
 
 
-def _parameters(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's parameters with the caller's values; ValueError for what the method does not take."""
+def _parameters(method: Method, rule: AcceptanceRule | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of method and rule with the caller's values; ValueError for what they do not take."""
+    defaults = {**method.parameters, **(rule.parameters if rule is not None else {})}
     own = {**given["parameters"]}
     if given["draft_length"] is not None:
         own["draft_length"] = given["draft_length"]
     for name, value in own.items():
-        if name not in method.parameters:
-            takes = ", ".join(method.parameters) or "no parameters of its own"
+        if name not in defaults:
+            takes = ", ".join(defaults) or "no parameters of its own"
             raise _fail(name, f"an argument of generate, or of method {method.name!r} ({takes})", value)
-        kind, ok = ("an int", is_int) if isinstance(method.parameters[name], int) else ("a number", is_number)
+        kind, ok = ("an int", is_int) if isinstance(defaults[name], int) else ("a number", is_number)
         if not ok(value):
             raise _fail(name, kind, value)
+        if rule is not None and name in rule.ranges:
+            low, high = rule.ranges[name]
+            if not low <= value <= high:
+                raise _fail(name, f"{low}..{high}", value)
     if given["draft_model"] is not None and not method.needs_draft_model:
         raise _fail("draft_model", f"None, method {method.name!r} uses none", given["draft_model"])
     if given["policy"] is not None:
@@ -228,16 +233,17 @@ def _parameters(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in method.policy_parameters:
             if name in own:
                 raise _fail("policy", f"one of policy and {name}", "both")
-    return {**method.parameters, **own}
+    return {**defaults, **own}
 
 
-def _rule(method: Method, rule: str | None) -> str | None:
+def _rule(method: Method, rule: str | None) -> AcceptanceRule | None:
+    offered = method.rules + method.lossy_rules
     if rule is None:
-        return next(iter(method.rules), None)
-    if rule not in method.rules:
-        expected = f"None or one of {', '.join(method.rules)}" if method.rules else f"None for method {method.name!r}"
+        return RULES[offered[0]] if offered else None
+    if rule not in offered:
+        expected = f"None or one of {', '.join(offered)}" if offered else f"None for method {method.name!r}"
         raise _fail("rule", expected, rule)
-    return rule
+    return RULES[rule]
 
 
 def _is_loaded(model: object) -> bool:

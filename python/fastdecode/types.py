@@ -27,7 +27,7 @@ class Draft:
         tokens: int64 [B, K], ids of the target's vocabulary; entries past `lens` are not read. K may be 0.
         lens: int32 [B], 0..K drafts in use.
         probs: floating [B, K, V], the law each token was drawn from, after the request's filters; None for tokens that
-            were not drawn (a lookup), and under the greedy and coupled rules, which use no law.
+            were not drawn (a lookup), and wherever the rule is not ratio or block, which alone use the law.
     """
 
     tokens: Tensor

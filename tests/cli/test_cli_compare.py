@@ -71,8 +71,10 @@ def test_sampling_has_a_row_per_rule_and_no_peer(cli, shipped):
         ("plain", "exact", True),
         ("speculative (coupled)", "exact", True),
         ("speculative (ratio)", "in law", None),
+        ("speculative (block)", "in law", None),
         ("prompt-lookup (coupled)", "exact", True),
         ("prompt-lookup (ratio)", "in law", None),
+        ("prompt-lookup (block)", "in law", None),
     ]
 
 

@@ -90,8 +90,14 @@ def test_rules_and_their_guarantee(cli, shipped):
     plain = tokens("--method", "plain")
     assert plain[0] == "exact"
     assert tokens() == tokens("--rule", "coupled") == tokens("--method", "prompt-lookup") == plain
-    guarantee, other = tokens("--rule", "ratio")
-    assert guarantee == "in law" and other != plain[1]
+    for rule, expected in (("ratio", "in law"), ("block", "in law"), ("typical", "approximate")):
+        guarantee, other = tokens("--rule", rule)
+        assert guarantee == expected and other != plain[1]
+    assert tokens("--rule", "typical") == tokens("--rule", "typical", "--set", "eps=0.09", "--set", "delta=0.3")
+    assert tokens("--rule", "typical") != tokens("--rule", "typical", "--set", "eps=0.5", "--set", "delta=2")
+    # the last --temperature counts
+    assert tokens("--temperature", "0", "--rule", "typical")[0] == "exact"
+    assert tokens("--temperature", "0", "--rule", "top_beta")[0] == "approximate"
     assert tokens("--seed", "1") != plain
 
 
@@ -161,6 +167,10 @@ ERRORS = [
     (("generate", "--method", "specultive"), "did you mean 'speculative'?"),
     (("generate", "--method", "plain", "--rule", "ratio"), "rule: expected None for method 'plain'"),
     (("generate", "--rule", "best"), "argument --rule: invalid choice: 'best'"),
+    (("generate", "--rule", "top_beta", "--temperature", "1"), "temperature: expected 0 with rule 'top_beta'"),
+    (("generate", "--set", "eps=0.1"), "--set: expected a parameter of the method or the rule, got 'eps'"),
+    (("generate", "--set", "eps"), "argument --set: expected NAME=VALUE with a number, got 'eps'"),
+    (("generate", "--rule", "typical", "--set", "eps=2"), "eps: expected 0..1, got 2"),
     (("generate", "--method", "plain", "--draft-length", "2"), "draft_length"),
     (("generate", "--draft-length", "-1"), "length: expected an int >= 0, got -1"),
     (("generate", "a" * 97), "prompt: expected at most 96 tokens (max_context), got 97"),

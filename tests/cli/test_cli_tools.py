@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdecode import runtime
-from fastdecode.methods import METHODS
+from fastdecode.methods import METHODS, RULES
 from fastdecode.models import load_model
 
 
@@ -23,7 +23,9 @@ def test_methods_in_a_process_of_its_own():
     rows = json.loads(ran.stdout)
     assert all(list(row) == ["name", "paper", "parts", "guarantee"] for row in rows)
     assert [row["name"] for row in rows] == list(METHODS)
-    assert [row["guarantee"] for row in rows] == ["exact"] + ["exact (coupled), in law (ratio)"] * 3
+    assert [row["guarantee"] for row in rows] == ["exact"] + [
+        "exact (coupled), in law (ratio, block), approximate (typical, top_beta)"
+    ] * 3
     assert rows[1]["parts"] == list(METHODS["speculative"].parts)
 
 
@@ -34,6 +36,9 @@ def test_the_table_of_methods_has_the_parameters(cli, monkeypatch):
     for method in METHODS.values():
         assert method.name in ran.out
         assert all(f"{name} = {value}" in ran.out for name, value in method.parameters.items())
+    for rule in RULES.values():
+        assert rule.name in ran.out and rule.guarantee in ran.out
+        assert all(f"{name} = {value}" in ran.out for name, value in rule.parameters.items())
 
 
 def test_doctor(cli, shipped, monkeypatch, tmp_path):

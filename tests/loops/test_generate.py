@@ -137,6 +137,9 @@ def test_methods():
     assert speculative.guarantee() == speculative.guarantee("coupled", sampled=True) == "exact"
     assert speculative.guarantee("ratio", sampled=True) == "in law"
     assert speculative.guarantee("ratio") == "exact"
+    assert speculative.guarantee("block", sampled=True) == "in law"
+    assert speculative.guarantee("typical", sampled=True) == "approximate" != speculative.guarantee("typical")
+    assert speculative.guarantee("top_beta") == speculative.guarantee("top_beta", sampled=True) == "approximate"
     with pytest.raises(
         ValueError, match=r"method: expected one of plain, .*, got 'specultive'; did you mean 'speculative'"
     ):
@@ -229,7 +232,21 @@ def test_methods():
         ({"temprature": 1.0}, "temprature: expected an argument of generate"),
         ({"method": "speculative"}, "draft_model: expected a model, which method"),
         ({"method": "speculative", "draft_model": toys.table(7)}, "draft_model: expected a vocabulary of 13 ids"),
-        ({"method": "prompt-lookup", "rule": "best"}, "rule: expected None or one of coupled, ratio, got 'best'"),
+        (
+            {"method": "prompt-lookup", "rule": "best"},
+            "rule: expected None or one of coupled, .*, got 'best'",
+        ),
+        (
+            {"method": "prompt-lookup", "rule": "top_beta", "temperature": 0.5},
+            "temperature: expected 0 with rule 'top_beta', which takes the likeliest, got 0.5",
+        ),
+        ({"method": "prompt-lookup", "rule": "typical", "eps": 1.5}, r"eps: expected 0\.\.1, got 1.5"),
+        ({"method": "prompt-lookup", "rule": "typical", "delta": "x"}, "delta: expected a number, got 'x'"),
+        ({"method": "prompt-lookup", "rule": "top_beta", "beta": 0}, r"beta: expected 1\.\.2147483647, got 0"),
+        ({"method": "prompt-lookup", "rule": "top_beta", "beta": 1.5}, "beta: expected an int, got 1.5"),
+        ({"method": "prompt-lookup", "rule": "top_beta", "tau": float("nan")}, "tau: expected .*, got nan"),
+        ({"method": "prompt-lookup", "eps": 0.5}, "eps: expected an argument of generate, or of method"),
+        ({"method": "prompt-lookup", "rule": "ratio", "tau": 0.5}, "tau: expected an argument of generate"),
         (
             {"method": "speculative", "draft_model": 5},
             "draft_model: expected a Model, a folder or a model of transformers, got 5",

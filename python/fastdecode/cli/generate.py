@@ -9,7 +9,7 @@ from typing import Any
 
 from ..compare import tune_method
 from ..generation import generate, stream
-from ..methods import Method, find_method
+from ..methods import RULES, Method, find_method
 from ..runtime import pin_threads, thread_settings
 from ..types import Result, Results, Statistics
 from .common import (
@@ -39,7 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="see `fastdecode methods`; default: speculative where there is a draft model (the shipped model has one), "
         "else prompt-lookup",
     )
-    parser.add_argument("--rule", choices=("coupled", "ratio"), help="how drafts are accepted under sampling")
+    parser.add_argument("--rule", choices=tuple(RULES), help="how drafts are accepted; see `fastdecode methods`")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="NAME=VALUE",
+        help="a parameter of the method or the rule, such as confidence=0.5; may be repeated",
+    )
     add_model_arguments(parser)
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
@@ -80,6 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
     }
     for name in ("rule", "draft_length", "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"):
         options[name] = getattr(arguments, name)
+    for name, value in arguments.set:
+        if name not in {*method.parameters, *(RULES[arguments.rule].parameters if arguments.rule else ())}:
+            raise UserError(f"--set: expected a parameter of the method or the rule, got {name!r}")
+        options[name] = value
     for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
         options[name] = getattr(arguments, name)
     for name in ("seed", "stop", "ignore_eos", "logprobs"):
@@ -112,6 +124,21 @@ def run(arguments: argparse.Namespace) -> int:
             _show_several(prompts, results)
         _show_statistics(method, about, results)
     return 1 if any(result.finish_reason == "error" for result in results) else 0
+
+
+def _setting(text: str) -> tuple[str, int | float]:
+    """NAME=VALUE as a name and a number."""
+    name, found, value = text.partition("=")
+    try:
+        number: int | float = int(value)
+    except ValueError:
+        try:
+            number = float(value)
+        except ValueError:
+            found = ""
+    if not found or not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE with a number, got {text!r}")
+    return name, number
 
 
 def _default_method(arguments: argparse.Namespace) -> str:
@@ -165,7 +192,7 @@ def _show_statistics(method: Method, about: dict[str, Any], results: Results) ->
 
     statistics = results.statistics
     seconds = statistics.total_seconds
-    rule = f" ({about['rule']})" if about["rule"] and about["guarantee"] == "in law" else ""
+    rule = f" ({about['rule']})" if about["rule"] and about["guarantee"] != "exact" else ""
     parts = [f"{part} {value / seconds:.0%}" for part, value in statistics.seconds.items() if seconds and value > 0]
     lines = {
         "method": f"{method.name}{rule}, {about['guarantee']}",

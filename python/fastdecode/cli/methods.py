@@ -1,10 +1,10 @@
-"""List the decoding methods: where each is from, its parts, its parameters and what it guarantees."""
+"""List the decoding methods and acceptance rules: where each is from, its parameters and what it guarantees."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..methods import METHODS, Method
+from ..methods import METHODS, RULES, Method
 from .common import need, print_json
 
 
@@ -27,14 +27,20 @@ def run(arguments: argparse.Namespace) -> int:
     for method in METHODS.values():
         parameters = ", ".join(f"{name} = {value}" for name, value in method.parameters.items())
         about = [method.paper, " + ".join(method.parts), parameters]
-        row = (method.name, guarantee(method).replace(", ", "\n"), "\n".join(filter(None, about)))
+        row = (method.name, guarantee(method).replace("), ", ")\n"), "\n".join(filter(None, about)))
         table.add_row(*map(Text, row))
-    Console().print(table)
+    rules = Table("rule", "guarantee", "what it keeps, paper, parameters", show_lines=True)
+    for rule in RULES.values():
+        parameters = ", ".join(f"{name} = {value}" for name, value in rule.parameters.items())
+        lines = filter(None, (rule.about, rule.paper, parameters))
+        rules.add_row(*map(Text, (rule.name, rule.guarantee, "\n".join(lines))))
+    Console().print(table, rules)
     return 0
 
 
 def guarantee(method: Method) -> str:
-    """Under greedy decoding and under sampling with each rule: "exact", or "exact (coupled), in law (ratio)"."""
-    if not method.rules:
-        return method.guarantee()
-    return ", ".join(f"{method.guarantee(rule, sampled=True)} ({rule})" for rule in method.rules)
+    """Under sampling, by rule: "exact (coupled), in law (ratio, block), approximate (typical, top_beta)"."""
+    rules: dict[str, list[str]] = {}
+    for rule in method.rules + method.lossy_rules:
+        rules.setdefault(method.guarantee(rule, sampled=True), []).append(rule)
+    return ", ".join(f"{kind} ({', '.join(names)})" for kind, names in rules.items()) or method.guarantee()

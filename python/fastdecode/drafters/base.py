@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +86,7 @@ class Context:
         finished: bool [B].
         active: bool [B], None while no request has finished.
         greedy: every request takes the argmax of its (penalized) row; seeds and filters are then not used.
-        rule: Rule.COUPLED or Rule.RATIO, when not greedy.
+        rule, rule_parameters: how drafts are accepted; and its keyword arguments of `ops.verify_chain`.
         filters: sampling filters.
         penalties: applied to rows before the filters; None where no request has any.
         seeds: int64 [B].
@@ -106,6 +106,7 @@ class Context:
         "lengths",
         "penalties",
         "rule",
+        "rule_parameters",
         "seeds",
         "tokens",
     )
@@ -119,6 +120,7 @@ class Context:
         penalties: Penalties | None = None,
         seeds: Tensor,
         rule: Rule,
+        rule_parameters: Mapping[str, float] | None = None,
         greedy: bool,
     ) -> None:
         self.array = np.zeros((len(prompts), capacity), dtype=np.int64)
@@ -131,6 +133,7 @@ class Context:
         self.active: Tensor | None = None
         self.greedy = greedy
         self.rule = rule
+        self.rule_parameters = dict(rule_parameters or {})
         self.filters = filters
         self.penalties = penalties
         self.seeds = seeds
@@ -173,7 +176,8 @@ class Context:
         """Draw draft number `step` (0, 1, ...) from a drafter's own row, as the rule wants it.
 
         greedy: the argmax. coupled: with the noise the target will use at that position, so equal rows give equal
-        tokens. ratio: with noise of its own (stream 1), keyed by the round, because a position may be drafted twice.
+        tokens. Other rules: with noise of its own (stream 1), keyed by the round, because a position may be drafted
+        again once its first draw has had its say in the text.
 
         Args:
             logits: floating [B, V].
@@ -181,7 +185,7 @@ class Context:
                 them the draft is accepted less often, no more.
         Returns:
             tokens int64 [B]; -1 for a row without a law (NaN, everything forbidden), except greedy.
-            probs [B, V], the law they were drawn from, for Draft.probs; None unless the rule is ratio.
+            probs [B, V], the law they were drawn from, for Draft.probs; None unless the rule is ratio or block.
         """
         logits = self.penalize(logits, drafted)
         if self.greedy:
@@ -194,6 +198,8 @@ class Context:
         drawn = ops.sample(
             logits, **arguments, seed=self.seeds, offset=offset, stream=Stream.DRAFT, node=step, active=self.active
         )
+        if self.rule not in (Rule.RATIO, Rule.BLOCK):
+            return drawn.tokens, None
         position = {"offset": offset} if "min_lengths" in arguments else {}
         return drawn.tokens, ops.target_probs(logits, **arguments, **position, active=self.active).probs
 

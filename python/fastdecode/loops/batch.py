@@ -6,7 +6,7 @@ log-probabilities, errors, statistics, and dropping requests that have ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -58,7 +58,7 @@ class Batch:
     Args:
         config: the target's.
         prompts, params: ids and sampling parameters of every request.
-        rule: acceptance rule under sampling.
+        rule, rule_parameters: how drafts are accepted.
         tokenizer: for stop strings and text; may be None if neither is needed.
         with_text: chunks carry text while the requests run.
     """
@@ -70,6 +70,7 @@ class Batch:
         params: Sequence[SamplingParams],
         *,
         rule: Rule = Rule.COUPLED,
+        rule_parameters: Mapping[str, float] | None = None,
         tokenizer: Tokenizer | None = None,
         with_text: bool = False,
     ) -> None:
@@ -96,6 +97,7 @@ class Batch:
             penalties=_penalties(prompts, params),
             seeds=torch.tensor([_signed(asked.seed) for asked in params], dtype=torch.int64),
             rule=rule,
+            rule_parameters=rule_parameters,
             greedy=greedy,
         )
 

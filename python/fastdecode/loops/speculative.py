@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._host import Rule
 from ..drafters.base import Context, Drafter
 from ..models.base import Model
 from ..policies.base import Policy
@@ -25,7 +26,8 @@ __all__ = ["speculative"]
 def speculative(model: Model, batch: Batch, drafter: Drafter, policy: Policy) -> Iterator[list[Chunk]]:
     """Decode every request of `batch` to its end; yields the chunks of each round.
 
-    Greedy requests and those under the coupled rule get the tokens of plain decoding; under the ratio rule, their law.
+    Under the coupled rule requests get the tokens of plain decoding, and greedy ones under every rule but top_beta;
+    under ratio and block its law; under typical and top_beta neither.
     """
     yield batch.start()
     if not batch.running:
@@ -114,7 +116,7 @@ def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verifie
     """Accept the drafts by the batch's rule; target_logits [B, K + 1, V]."""
     tokens, lens = _dense(draft.tokens), _dense(draft.lens)
     target_logits = context.penalize(target_logits, tokens)
-    if not context.greedy:
+    if not context.greedy or context.rule == Rule.TOP_BETA:
         probs = draft.probs if draft.probs is None else _dense(draft.probs)
         if probs is not None and probs.dtype != target_logits.dtype:
             # widened, not narrowed: rounding the draft's law after it was drawn from would bias the ratio
@@ -126,13 +128,22 @@ def verify(context: Context, draft: Draft, target_logits: Tensor) -> ops.Verifie
             lens,
             target_logits=target_logits,
             rule=context.rule,
-            **context.filter_arguments(),
-            seed=context.seeds,
-            offset=context.offset,
+            **_rule_arguments(context),
             active=context.active,
         )
     argmax = ops.row_stats(target_logits, active=context.active).argmax
     return ops.verify_chain_greedy(tokens, argmax, lens, active=context.active)
+
+
+def _rule_arguments(context: Context) -> dict[str, Any]:
+    """Filters, random numbers and parameters, as the batch's rule takes them."""
+    arguments: dict[str, Any] = {**context.filter_arguments(), **context.rule_parameters}
+    if context.rule == Rule.TOP_BETA:  # at temperature 0: nothing is filtered or drawn, only bans know positions
+        arguments.pop("temperature", None)
+        return {**arguments, "offset": context.offset} if "min_lengths" in arguments else arguments
+    if context.rule == Rule.TYPICAL:
+        arguments["bonus"] = "sample"
+    return {**arguments, "seed": context.seeds, "offset": context.offset}
 
 
 def _dense(tensor: Tensor) -> Tensor:
