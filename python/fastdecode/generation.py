@@ -47,6 +47,7 @@ def generate(
     top_k: int | Sequence[int | None] | None = None,
     top_p: float | Sequence[float | None] | None = None,
     min_p: float | Sequence[float | None] | None = None,
+    typical_p: float | Sequence[float | None] | None = None,
     bias: Tensor | Mapping[int, float] | None = None,
     ban_ids: Sequence[int] = (),
     repetition_penalty: float | Sequence[float] = 1.0,
@@ -85,7 +86,8 @@ def generate(
         max_new_tokens: most tokens to generate; the model's context may end a request earlier.
         min_new_tokens: end-of-text, stop ids and stop strings cannot end a request before this many tokens.
         temperature: 0 is greedy.
-        top_k, top_p, min_p: filters, in this order, each on the renormalised result of the one before; None is off.
+        top_k, top_p, min_p, typical_p: filters, in this order, each on the renormalised result of the one before; None
+            is off.
         bias: added to the logits, floating [V] or {id: value}.
         ban_ids: ids that are never produced.
         repetition_penalty: for ids in prompt or output: divides a positive logit, multiplies another one; 1 is off.
@@ -103,8 +105,8 @@ def generate(
         dtype: of the weights of the models that are read from folders; None is the default of `load_model`.
         **parameters: the method's own and the rule's, see their entries in `fastdecode.METHODS` and `fastdecode.RULES`.
 
-        max_new_tokens, min_new_tokens, temperature, top_k, top_p, min_p and the penalties may be lists with one value
-        per prompt.
+        max_new_tokens, min_new_tokens, temperature, the filters and the penalties may be lists with one value per
+        prompt.
 
     Returns:
         Result for one prompt; for a list Results, a sequence of Result with the statistics of the batch.
@@ -344,7 +346,7 @@ def _ids(prompt: Prompt, tokenizer: Tokenizer | None, model: Model) -> list[int]
 
 
 _PER_REQUEST = (
-    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"),
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty"),
 )
 

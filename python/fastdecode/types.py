@@ -46,7 +46,7 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 is greedy (ties to the lowest id).
-        top_k, top_p, min_p: filters, each on the renormalised result of the one before, in this order.
+        top_k, top_p, min_p, typical_p: filters, each on the renormalised result of the one before, in this order.
         bias: added to the logits: floating [V], or {id: value}; -inf forbids an id.
         ban_ids: ids that are never produced.
         repetition_penalty: divides a positive logit of an id that prompt or output holds, multiplies another one; 1 is
@@ -68,6 +68,7 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     bias: Tensor | Mapping[int, float] | None = None
     ban_ids: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
@@ -85,8 +86,9 @@ class SamplingParams:
         for name, ok, expected in (
             ("temperature", _within(self.temperature, 0, _LARGEST_FLOAT32), "a finite number >= 0 (as float32)"),
             ("top_k", self.top_k is None or _count(self.top_k, 2**31 - 1), f"None or an int 0..{2**31 - 1} (0 = off)"),
-            ("top_p", self.top_p is None or (_within(self.top_p, 0, 1) and self.top_p > 0), "None, or in (0, 1]"),
+            ("top_p", self.top_p is None or (_within(self.top_p, 0, 1) and self.top_p > 0), _SHARE),
             ("min_p", self.min_p is None or (_within(self.min_p, 0, 1) and self.min_p < 1), "None, or in [0, 1)"),
+            ("typical_p", self.typical_p is None or (_within(self.typical_p, 0, 1) and self.typical_p > 0), _SHARE),
             ("repetition_penalty", _finite(self.repetition_penalty, _SMALLEST_FLOAT32), "a finite float32 > 0"),
             ("frequency_penalty", _finite(self.frequency_penalty), "a finite float32"),
             ("presence_penalty", _finite(self.presence_penalty), "a finite float32"),
@@ -103,6 +105,7 @@ class SamplingParams:
         )
 
 
+_SHARE = "None, or in (0, 1]"
 _LARGEST_FLOAT32, _SMALLEST_FLOAT32 = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
 
 

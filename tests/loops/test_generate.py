@@ -195,6 +195,7 @@ def test_methods():
         ({"top_k": 99999999999}, r"top_k: expected None or an int 0\.\.2147483647 \(0 = off\), got 99999999999"),
         ({"top_k": 1.9}, "top_k: expected None or an int .*, got 1.9"),
         ({"top_p": 0.0}, r"top_p: expected None, or in \(0, 1\], got 0.0"),
+        ({"typical_p": 0.0}, r"typical_p: expected None, or in \(0, 1\], got 0.0"),
         ({"min_p": 1.0}, r"min_p: expected None, or in \[0, 1\), got 1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: expected a finite float32 > 0, got 0.0"),
         ({"repetition_penalty": 1e-40}, "repetition_penalty: expected a finite float32 > 0, got 1e-40"),

@@ -98,20 +98,21 @@ def test_plain_decoding_does_not_depend_on_the_batch(sampled):
 
 def test_mixed_temperatures_and_filters_in_one_batch():
     target, draft = models("table")
-    temperature, top_k, min_p = (
-        [0.0, 1.0, 0.0, 0.7, 1.3, 0.0, 1.0, 1.0],
-        [0, 3, 2, None, 5, 0, 0, 1],
-        [0.1] + [None] * 7,
-    )
+    filters = {
+        "temperature": [0.0, 1.0, 0.0, 0.7, 1.3, 0.0, 1.0, 1.0],
+        "top_k": [0, 3, 2, None, 5, 0, 0, 1],
+        "min_p": [0.1] + [None] * 7,
+        "typical_p": [None, None, 0.5, 0.6, 0.9, None, 0.3, 1.0],
+    }
     expected = [
-        generate(target, PROMPTS[i], temperature=temperature[i], top_k=top_k[i], min_p=min_p[i], seeds=[i]).tokens
+        generate(target, PROMPTS[i], seeds=[i], **{name: values[i] for name, values in filters.items()}).tokens
         for i in range(8)
     ]
     for method in (SmallModel(draft), PromptLookup()):
-        results = generate(
-            target, PROMPTS, method=method, temperature=temperature, top_k=top_k, min_p=min_p, seeds=list(range(8))
-        )
+        results = generate(target, PROMPTS, method=method, seeds=list(range(8)), **filters)
         assert [result.tokens for result in results] == expected
+    without = generate(target, PROMPTS, seeds=list(range(8)), **{**filters, "typical_p": None})
+    assert {3, 6} <= {i for i in range(8) if without[i].tokens != expected[i]} <= {3, 4, 6}
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "coupled"])

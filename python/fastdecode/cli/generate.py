@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--typical-p", type=float, metavar="P")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="on what the text holds")
     parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="per time in the output")
     parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="on what the output holds")
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         if name not in {*method.parameters, *(RULES[arguments.rule].parameters if arguments.rule else ())}:
             raise UserError(f"--set: expected a parameter of the method or the rule, got {name!r}")
         options[name] = value
-    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+    for name in ("typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
         options[name] = getattr(arguments, name)
     for name in ("seed", "stop", "ignore_eos", "logprobs"):
         options[name] = getattr(arguments, name)

@@ -27,7 +27,7 @@ class Filters:
     """Sampling filters of a batch as the ops take them; None where no request uses one.
 
     Attributes:
-        temperature, top_p, min_p: float32 [B]; top_k: int32 [B].
+        temperature, top_p, min_p, typical_p: float32 [B]; top_k: int32 [B].
         bias: float32 [B, V].
         ban_ids: int64 [B, S], -1 pads; forbidden at absolute positions below min_lengths (int64 [B, S]), or everywhere.
     """
@@ -36,6 +36,7 @@ class Filters:
     top_k: Tensor | None = None
     top_p: Tensor | None = None
     min_p: Tensor | None = None
+    typical_p: Tensor | None = None
     bias: Tensor | None = None
     ban_ids: Tensor | None = None
     min_lengths: Tensor | None = None

@@ -319,6 +319,7 @@ def _filters(
     top_k = [asked.top_k or 0 for asked in params]
     top_p = [1.0 if asked.top_p is None else asked.top_p for asked in params]
     min_p = [asked.min_p or 0.0 for asked in params]
+    typical_p = [1.0 if asked.typical_p is None else asked.typical_p for asked in params]
     bias = None
     if any(asked.bias is not None for asked in params):
         bias = torch.zeros(len(params), config.vocab_size, dtype=torch.float32)
@@ -338,6 +339,7 @@ def _filters(
         top_k=torch.tensor(top_k, dtype=torch.int32) if sampled and any(top_k) else None,
         top_p=torch.tensor(top_p, dtype=torch.float32) if sampled and min(top_p) < 1 else None,
         min_p=torch.tensor(min_p, dtype=torch.float32) if sampled and max(min_p) > 0 else None,
+        typical_p=torch.tensor(typical_p, dtype=torch.float32) if sampled and min(typical_p) < 1 else None,
         bias=bias,
         ban_ids=_padded(banned) if any(banned) else None,
         min_lengths=_padded(below, 0) if any(asked.min_new_tokens for asked in params) and any(banned) else None,
