@@ -146,7 +146,7 @@ def test_a_mask_off_by_one_is_noticed(name, wrong, monkeypatch):
         shift = {"one too many": 1, "one too few": -1}.get(wrong, 0)
 
         def moved(mask):
-            return mask.roll(shift, -1) if mask.shape[-1] > n else mask
+            return mask.roll(shift, -1) if mask is not None and mask.shape[-1] > n else mask
 
         return {kind: moved(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else moved(masks)
 

@@ -323,6 +323,16 @@ class _Step:
         """Tokens in the cache, of the longest row."""
         return self._before
 
+    # what transformers asks when it is given no mask
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Column of the first slot."""
+        return self._before
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns of a mask, and the first one's position."""
+        return self._before + self._n, 0
+
 
 class _Masks:
     """Which cached tokens each slot sees, in the form that transformers itself would pass."""
@@ -347,13 +357,16 @@ class _Masks:
                 raise ValueError(f"HuggingFaceModel: {name}: expected layers of {', '.join(_KINDS)}, got {kind!r}")
             if kind != "full_attention" and not isinstance(sizes[kind], int):
                 raise ValueError(f"HuggingFaceModel: {name}: expected a window for {kind}, got {sizes[kind]!r}")
-        self._sizes: dict[str, int] = {kind: sizes[kind] or 0 for kind in dict.fromkeys(kinds)}
+        self._sizes: dict[str, int] = {kind: sizes[kind] or 0 for kind in dict.fromkeys(kinds)}  # 0: no window
 
     def build(self, lens: Sequence[int], n: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """One mask [B, 1, n, columns], or one for each kind of layer."""
-        rows = lens[:1] if min(lens) == max(lens) else lens
+        """One mask [B, 1, n, columns], or one for each kind of layer; None where nothing but later slots is hidden."""
+        total, equal, sizes = max(lens) + n, min(lens) == max(lens), self._sizes.values()
+        if self._attention == "sdpa" and equal and n in (1, total) and all(not size or total <= size for size in sizes):
+            return dict.fromkeys(self._sizes) if self._by_kind else None  # faster: no mask to read, and GQA as it is
+        rows = lens[:1] if equal else lens
         slots = torch.tensor(rows, device=device)[:, None, None] + torch.arange(n, device=device)[:, None]
-        tokens = torch.arange(max(lens) + n, device=device)
+        tokens = torch.arange(total, device=device)
         masks = {}
         for kind, size in self._sizes.items():
             seen = tokens <= slots
