@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .generation import CHECKPOINTS, generate, splitmix64
 from .methods import METHODS, Method, find_method
-from .models import Model, NativeConfig, load_model
+from .models import HuggingFaceModel, Model, NativeConfig, load_model
 from .models.checkpoint import read_configs
 from .runtime import fastest_threads, pin_threads, thread_settings, tune_threads
 from .types import Results
@@ -25,7 +26,7 @@ __all__ = ["Row", "compare", "distinct_ngrams", "tune_method"]
 
 PEER = "transformers"
 Ids = Sequence[int]
-Folder = str | os.PathLike[str]
+Source = str | os.PathLike[str] | nn.Module  # a Hugging Face folder, or a loaded model of transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,10 @@ class _Entrant:
 
 
 def compare(
-    model: Folder | None,
+    model: Source | None,
     prompts: Sequence[Ids],
     *,
-    draft_model: Folder | None = None,
+    draft_model: Source | None = None,
     methods: Sequence[str] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -110,31 +111,34 @@ def compare(
     not counted. The caller's thread settings are restored.
 
     Args:
-        model: a Hugging Face folder, or None for the shipped model.
+        model: a Hugging Face folder, a causal language model of transformers, or None for the shipped model.
         prompts: ids, at least one prompt.
-        draft_model: folder for methods that draft with a model; None is the shipped one if `model` is None too.
+        draft_model: as `model`, for methods that draft with one; None is the shipped one if `model` is None too.
         methods: names; None is all of `fastdecode.METHODS` that can run, those with a draft model only if there is one.
             "plain" is always measured.
         temperature: 0 is greedy; above it methods have one row per acceptance rule, and there is no peer.
         draft_length: of the methods that have such a parameter; None is each one's default.
         batch: prompts decoded together; the peer has a row only at 1.
         repeats: passes over the prompts.
-        dtype: of all weights.
+        dtype: of all weights; a loaded model that has another is copied.
         threads: of every row but the peer's; None is each row's fastest number.
         peers: False leaves the peer out; it is left out too where transformers is not installed.
         progress: is told what happens next.
     Raises:
-        ValueError: an unknown method, an argument out of range, a folder that cannot be read.
+        ValueError: an unknown method, an argument out of range, a model that cannot be read or run.
     """
     for name, value in (("batch", batch), ("repeats", repeats), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"compare: {name}: expected at least 1, got {value}")
     if not prompts:
         raise ValueError("compare: prompts: expected at least one, got none")
-    folder = CHECKPOINTS / "tiny-code" if model is None else Path(model)
+    source: Source = CHECKPOINTS / "tiny-code" if model is None else model
     drafter = CHECKPOINTS / "tiny-code-draft" if model is None and draft_model is None else draft_model
     chosen = _choose(methods, has_draft=drafter is not None)
-    limit = NativeConfig.from_hf(*read_configs(folder)).model.max_context
+    if isinstance(source, nn.Module):
+        limit = HuggingFaceModel(source).config.max_context
+    else:
+        limit = NativeConfig.from_hf(*read_configs(source)).model.max_context
     if (longest := max(map(len, prompts))) >= limit:
         raise ValueError(f"compare: prompts: expected fewer than {limit} tokens (max_context), got {longest}")
     seeds = [splitmix64(0, index) for index in range(len(prompts))]
@@ -145,17 +149,17 @@ def compare(
         temperature=temperature,
         draft_length=draft_length,
     )
-    draft_folder = drafter if any(method.needs_draft_model for method in chosen) else None
+    draft_source = drafter if any(method.needs_draft_model for method in chosen) else None
     with thread_settings() as cpus:
         if threads is not None:
             pin_threads(threads, cpus=cpus)  # refuses a number that cannot be had
         progress("comparing the tokens in float64")
-        same = _same_as_plain(work, chosen, folder, draft_folder, cpus)
+        same = _same_as_plain(work, chosen, source, draft_source, cpus)
         progress("choosing threads")
-        target, draft = _load(folder, draft_folder, dtype)
+        target, draft = _load(source, draft_source, dtype)
         entrants = _entrants(work, chosen, target, draft, threads, cpus)
         if peers and temperature == 0 and batch == 1 and importlib.util.find_spec(PEER) is not None:
-            entrants.append(_peer(work, folder, dtype, target, cpus))
+            entrants.append(_peer(work, source, dtype, target, cpus))
         for entrant in entrants:  # warm-up
             pin_threads(entrant.threads, cpus=cpus)
             entrant.run(0, min(8, max_new_tokens))
@@ -209,9 +213,19 @@ def _variants(work: _Work, chosen: Sequence[Method]) -> Iterator[tuple[str, str,
                 yield f"{method.name} ({rule})", method.guarantee(rule, sampled=True), method, rule
 
 
-def _load(folder: Path, draft_folder: Folder | None, dtype: torch.dtype) -> tuple[Model, Model | None]:
-    target = load_model(folder, dtype=dtype)
-    return target, None if draft_folder is None else load_model(draft_folder, dtype=dtype)
+def _load(source: Source, draft_source: Source | None, dtype: torch.dtype) -> tuple[Model, Model | None]:
+    return _read(source, dtype), None if draft_source is None else _read(draft_source, dtype)
+
+
+def _read(source: Source, dtype: torch.dtype) -> Model:
+    if isinstance(source, nn.Module):
+        return HuggingFaceModel(_in_dtype(source, dtype))
+    return load_model(source, dtype=dtype)
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The caller's model itself, or a copy: `to` would change it."""
+    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 def _decode(
@@ -234,10 +248,10 @@ def _decode(
 
 
 def _same_as_plain(
-    work: _Work, chosen: Sequence[Method], folder: Path, draft_folder: Folder | None, cpus: Sequence[int]
+    work: _Work, chosen: Sequence[Method], source: Source, draft_source: Source | None, cpus: Sequence[int]
 ) -> dict[str, bool | None]:
     """For every row of ours: whether its tokens are those of plain decoding, by float64 models."""
-    target, draft = _load(folder, draft_folder, torch.float64)
+    target, draft = _load(source, draft_source, torch.float64)
     tune_threads(target, cpus=cpus)
     plain: list[list[list[int]]] = []
     same: dict[str, bool | None] = {}
@@ -269,13 +283,16 @@ def _entrants(
     ]
 
 
-def _peer(work: _Work, folder: Path, dtype: torch.dtype, target: Model, cpus: Sequence[int]) -> _Entrant:
+def _peer(work: _Work, source: Source, dtype: torch.dtype, target: Model, cpus: Sequence[int]) -> _Entrant:
     """Greedy `generate` of transformers, with the number of threads that is best for it."""
     import transformers
 
-    with _quiet(transformers):
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    model = model.to(dtype).eval()
+    if isinstance(source, nn.Module):
+        model: Any = _in_dtype(source, dtype)
+    else:
+        with _quiet(transformers):
+            model = transformers.AutoModelForCausalLM.from_pretrained(source)
+        model = model.to(dtype).eval()
     limit, eos = target.config.max_context, list(target.config.eos_token_ids)
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from fastdecode.compare import compare
 from fastdecode.generation import CHECKPOINTS, generate, stream
 from fastdecode.methods import METHODS
 from fastdecode.models import HuggingFaceModel
@@ -183,3 +184,15 @@ def test_tokenizers_of_transformers():
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     padded = generate(hf, batch["input_ids"], attention_mask=batch["attention_mask"], tokenizer=tokenizer, **options)
     assert [result.text for result in padded] == [result.text for result in expected]
+
+
+def test_compare_takes_loaded_models():
+    hf, draft = load("gpt2"), disturbed("gpt2")
+    with pytest.raises(ValueError, match=r"compare: prompts: expected fewer than 64 tokens \(max_context\), got 64"):
+        compare(hf, [[1] * CONTEXT])
+    rows = compare(hf, PROMPTS[:2], draft_model=draft, max_new_tokens=12, threads=1)
+    assert [row.method for row in rows] == [*METHODS, "transformers"]
+    assert [row.same_as_plain for row in rows] == [True] * len(METHODS) + [None]
+    assert rows[0].passes == rows[-1].passes == 24
+    assert min(row.passes for row in rows) < 24
+    assert hf.dtype == draft.dtype == torch.float64  # the float32 rows ran on copies
