@@ -29,9 +29,10 @@ def prefill(model, text, want=Want.LOGITS, capacity: int = 4, **options):
     return cache, model.forward(text, cache=cache, want=want, **options)
 
 
-def read_in_steps(model, text, prompt, steps):
+def read_in_steps(model, text, prompt, steps, atol=None):
     """Logits per row of `text` after the prompt: the prompt in one ragged pass, then the steps' counts per row."""
     position = list(prompt)
+    atol = tolerance(model.model) if atol is None else atol
     padded = text[:, : max(prompt)].masked_fill(torch.arange(max(prompt)) >= torch.tensor(prompt)[:, None], -1)
     cache, _ = prefill(model, padded, Want(0), num_tokens=prompt)
     cache.keep(None, prompt)
@@ -46,7 +47,7 @@ def read_in_steps(model, text, prompt, steps):
         for row, count in enumerate(counts):
             got[row].append(out.logits[row, :count])
             if count:
-                assert torch.allclose(last[row, 0], out.logits[row, count - 1], rtol=0, atol=tolerance(model.model))
+                assert torch.allclose(last[row, 0], out.logits[row, count - 1], rtol=0, atol=atol)
             position[row] += count
         cache.keep(None, counts)
         assert cache.lens.tolist() == position and cache.lens.dtype == torch.int32
@@ -211,6 +212,66 @@ def test_chunked_attention():
         assert (rows - expected[row, n : position[row]]).abs().max() < 1e-5 * expected.abs().max()
 
 
+MLA = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+MLA = {**MLA, "v_head_dim": 6}  # keys and values of different sizes
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+WINDOWED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+OTHERS = {
+    "Cohere2": WINDOWED,
+    "DeepseekV3": {**MLA, **EXPERTS, **GROUPS},
+    "Ernie4_5": {},
+    "Exaone4": WINDOWED,
+    "Gemma3Text": WINDOWED,
+    "Glm4": {"head_dim": 8},
+    "GPTBigCode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
+    "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 4},
+    "GPTNeoX": {},
+    "GptOss": {**EXPERTS, **WINDOWED},
+    "Granite": {},
+    "MiniCPM3": MLA,
+    "Mixtral": {**EXPERTS, "sliding_window": WINDOW},
+    "Nemotron": {},
+    "Olmo2": {},
+    "Olmo3": WINDOWED,
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Phi": {"num_key_value_heads": 4},
+    "Qwen3Moe": {**EXPERTS, "head_dim": 8},
+    "SmolLM3": {},
+    "StableLm": {},
+    "Starcoder2": {"sliding_window": WINDOW},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_architectures(family):
+    """In float32, which all experts can run. Sizes that a config does not have are its defaults' business."""
+    kind = getattr(transformers, f"{family}Config", None)
+    old = transformers.__version__.startswith("4.")
+    if kind is None or (old and family in ("GPTJ", "GPTNeoX", "StableLm")):  # these say what kind of cache they want
+        pytest.skip(f"transformers {transformers.__version__} cannot")
+    sizes = ARCHITECTURES["llama"][1]
+    if "n_embd" in OTHERS[family]:
+        sizes = {name: value for name, value in sizes.items() if name.endswith("_id") or name == "vocab_size"}
+    torch.manual_seed(0)
+    hf = transformers.AutoModelForCausalLM.from_config(kind(**{**sizes, **OTHERS[family]})).float().eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    model = HuggingFaceModel(hf)
+    text = ids(3, 24)
+    got, position = read_in_steps(model, text, (5, 11, 1), [(4, 2, 0), (3, 3, 7), (8, 8, 8)], atol=1e-4)
+    expected = whole_text(hf, text, output_hidden_states=True)
+    scale = expected.logits.std()
+    for row, (rows, n) in enumerate(zip(got, (5, 11, 1))):
+        assert (rows - expected.logits[row, n : position[row]]).abs().max() < 1e-4 * scale
+    _, out = prefill(model, text, Want.HIDDEN)
+    for ours, theirs in zip([*out.hidden[:-1], out.hidden["final"]], expected.hidden_states, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-4 * float(theirs.std()))
+
+
 # --- the contract of the cache ----------------------------------------------------------------------------------------
 
 
@@ -302,6 +363,9 @@ def test_positions():
     expected = whole_text(hf, text, position_ids=moved, attention_mask=torch.ones_like(text)).logits
     assert torch.allclose(prefill(model, text, positions=moved)[1].logits, expected, rtol=0, atol=1e-10)
     assert not torch.allclose(expected, default.logits, atol=0.1)
+    padded = moved.masked_fill(torch.arange(8) >= torch.tensor([[8], [5]]), -7)
+    got = prefill(model, text, positions=padded, num_tokens=[8, 5])[1].logits
+    assert torch.allclose(got[1, :5], expected[1, :5], rtol=0, atol=1e-10)
 
 
 def test_wanted_outputs_only():
@@ -426,6 +490,13 @@ def test_a_model_that_ignores_its_cache_is_noticed():
     hf.model.forward = lambda *given, **options: real(*given, **{**options, "past_key_values": None})
     with pytest.raises(ValueError, match="LlamaForCausalLM: expected all layers to use the cache, got 0 of 0"):
         prefill(model, ids(1, 2))
+    hf.model.forward = real
+    cache, _ = prefill(model, ids(1, 2))
+    attention = hf.model.layers[1].self_attn
+    layer = attention.forward
+    attention.forward = lambda *given, **options: layer(*given, **{**options, "past_key_values": None})
+    with pytest.raises(ValueError, match="LlamaForCausalLM: expected all layers to use the cache, got 1 of 2"):
+        model.forward(ids(1, 2), cache=cache)
 
 
 def test_bad_arguments_of_forward():

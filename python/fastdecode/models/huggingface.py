@@ -76,6 +76,9 @@ class HuggingFaceModel:
     rotary or learned positions. The model is not changed; its device and dtype stay. Its `generation_config` is read
     for `eos_token_id` and `bos_token_id` only.
 
+    With transformers 4 a few architectures (GPT-J, GPT-NeoX, StableLM) take no cache but its own, and say
+    so.
+
     Args:
         model: for example what `AutoModelForCausalLM.from_pretrained` returns.
         max_context: most tokens per row; None is the config's `max_position_embeddings`.
