@@ -1,17 +1,20 @@
-"""commit against the masked form in torch."""
+"""commit beside the masked form in torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from bench import harness
 from torch import Tensor
 
 from fastdecode import ops
 
+from .. import report
+from ..harness import Case
 
-def plain(
+
+def masks(
     tokens: Tensor, num_emitted: Tensor, lengths: Tensor, finished: Tensor, max_lengths: Tensor, stop_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
     width = tokens.shape[1]
@@ -26,23 +29,27 @@ def plain(
     return count, reason
 
 
-def cases() -> Iterator[harness.Case]:
-    for batch in (1, 8):
+def cases(quick: bool) -> Iterator[Case]:
+    for batch in (1,) if quick else (1, 8, 64):
         for width in (5, 17):
             tokens = torch.randint(100, 4096, (batch, width))
             emitted = torch.full((batch,), width, dtype=torch.int32)
             # Nothing ever ends here, so every call does the same work; the lengths stay far below the cap.
-            state = [(torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.bool)) for _ in range(2)]
-            cap, stops = torch.full((batch,), 2**31 - 1, dtype=torch.int32), torch.tensor([[2, -1]]).repeat(batch, 1)
-            yield harness.Case(
-                f"B={batch} K+1={width}",
-                batch * (width + 2) * 8,
-                lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops: ops.commit(
-                    t, e, *s[0], max_lengths=c, stop_ids=x
-                ),
-                {"torch masks": lambda i, t=tokens, e=emitted, s=state, c=cap, x=stops: plain(t, e, *s[1], c, x)},
+            lengths, finished = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.bool)
+            limits = {
+                "max_lengths": torch.full((batch,), 2**31 - 1, dtype=torch.int32),
+                "stop_ids": torch.tensor([[2, -1]]).repeat(batch, 1),
+            }
+            yield Case(
+                shape=f"B={batch} K+1={width}",
+                dtype=torch.int64,
+                elements=tokens.numel(),
+                bytes_moved=batch * (width + 2) * 8,
+                inputs=[(tokens, emitted, lengths, finished)],
+                ours=partial(ops.commit, **limits),
+                peers={"torch masks": partial(masks, **limits)},
             )
 
 
 if __name__ == "__main__":
-    harness.main("commit", cases)
+    report.main(__file__)

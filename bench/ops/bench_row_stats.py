@@ -1,38 +1,46 @@
-"""row_stats against the four torch reductions that give the same numbers."""
+"""row_stats beside the torch reductions that give the same numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from bench import harness
 from torch import Tensor
 
 from fastdecode import ops
 
+from .. import report
+from ..goals import within
+from ..harness import Case
+from ..inputs import copies, logits_shapes
 
-def plain(logits: Tensor) -> tuple[Tensor, ...]:
+
+def topk_softmax_lse(logits: Tensor) -> tuple[Tensor, ...]:
+    logits = logits.float()
     top = logits.topk(2, -1)
     logprobs = torch.log_softmax(logits, -1)
-    return (*top, torch.logsumexp(logits, -1), -(logprobs.exp() * logprobs).sum(-1))
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return *top, top.values[:, 0] - logprobs.amax(-1), entropy
 
 
-def cases() -> Iterator[harness.Case]:
-    for dtype in (torch.float32, torch.bfloat16):
-        for vocab_size in (4096, 128256):
-            for batch in (1, 8):
-                logits = harness.copies(torch.randn(batch, vocab_size).to(dtype))
-                n = len(logits)
-                yield harness.Case(
-                    f"B={batch} V={vocab_size} {str(dtype)[6:]}",
-                    batch * vocab_size * dtype.itemsize,
-                    lambda i, x=logits, n=n: ops.row_stats(x[i % n]),
-                    {
-                        "torch topk+softmax+lse": lambda i, x=logits, n=n: plain(x[i % n]),
-                        "torch argmax alone": lambda i, x=logits, n=n: x[i % n].argmax(-1),
-                    },
-                )
+def argmax_alone(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for shape in logits_shapes(quick):
+        logits = shape.logits()
+        yield Case(
+            shape=str(shape),
+            dtype=shape.dtype,
+            elements=logits.numel(),
+            bytes_moved=logits.nbytes,
+            inputs=copies(logits),
+            ours=ops.row_stats,
+            peers={"torch topk+log_softmax": topk_softmax_lse, "torch argmax alone": argmax_alone},
+            goals=[within(reads=1.3, ns=0.18)] if shape.large else [],
+        )
 
 
 if __name__ == "__main__":
-    harness.main("row_stats", cases)
+    report.main(__file__)

@@ -1,50 +1,76 @@
-"""sample against torch filters and multinomial (the peers filter as bench_target_probs does)."""
+"""sample beside what torch programs write for the same draw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from bench import harness
-from bench.ops.bench_target_probs import plain
 from torch import Tensor
 
 from fastdecode import ops
 
+from .. import report
+from ..goals import Goal, times_faster, within
+from ..harness import Call, Case
+from ..inputs import TEMPERATURE, TOP_K_TOP_P, TOP_P, copies, logits_shapes
 
-def top_k_first(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The best torch can do when top-k is on: everything after it on k columns."""
-    values, ids = (logits.float() / temperature).topk(top_k, -1)
-    probs = torch.softmax(values, -1)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+TOP_K, SORT = "torch topk+multinomial", "torch sort+multinomial"
+
+
+def topk_multinomial(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    values, ids = logits.topk(top_k, -1)  # sorted, so that all the rest is on top_k columns
+    probs = torch.softmax(values.float() / temperature, -1)
+    probs.masked_fill_(probs.cumsum(-1) - probs >= top_p, 0)
     return ids.gather(-1, probs.multinomial(1))
 
 
-def cases() -> Iterator[harness.Case]:
-    for vocab_size in (4096, 128256):
-        for batch in (1, 8):
-            logits = harness.copies(3 * torch.randn(batch, vocab_size))
-            n = len(logits)
-            seed, offset = torch.arange(batch), torch.zeros(batch, dtype=torch.int64)
-            for name, chosen in {"T": (0.7, 0, 1.0), "T k=50 p=.9": (0.7, 50, 0.9), "T p=.9": (0.7, 0, 0.9)}.items():
-                temperature, top_k, top_p = chosen
-                filters = {
-                    "temperature": torch.full((batch,), temperature),
-                    "top_k": torch.full((batch,), top_k, dtype=torch.int32) if top_k else None,
-                    "top_p": torch.full((batch,), top_p) if top_p < 1 else None,
-                }
-                peers = {
-                    "torch filters+multinomial": lambda i, x=logits, n=n, c=chosen: plain(x[i % n], *c).multinomial(1)
-                }
-                if top_k:
-                    peers["torch topk+multinomial"] = lambda i, x=logits, n=n, c=chosen: top_k_first(x[i % n], *c)
-                yield harness.Case(
-                    f"B={batch} V={vocab_size} {name}",
-                    batch * vocab_size * 4,
-                    lambda i, x=logits, n=n, f=filters, s=seed, o=offset: ops.sample(x[i % n], seed=s, offset=o, **f),
-                    peers,
+def sort_multinomial(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    ordered, ids = logits.sort(-1, descending=True)
+    probs = torch.softmax(ordered.float() / temperature, -1)
+    probs.masked_fill_(probs.cumsum(-1) - probs >= top_p, 0)
+    return ids.gather(-1, probs.multinomial(1))
+
+
+def softmax_multinomial(logits: Tensor, temperature: float) -> Tensor:
+    return torch.softmax(logits.float() / temperature, -1).multinomial(1)
+
+
+def softmax_race(logits: Tensor, temperature: float) -> Tensor:
+    probs = torch.softmax(logits.float() / temperature, -1)
+    return probs.div_(torch.empty_like(probs).exponential_()).argmax(-1)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for shape in logits_shapes(quick):
+        logits = shape.logits()
+        inputs = copies(logits)
+        seeds = {"seed": torch.arange(shape.batch), "offset": torch.zeros(shape.batch, dtype=torch.int64)}
+        for filters in (TOP_K_TOP_P, TOP_P, TEMPERATURE):
+            peers: dict[str, Call] = {}
+            goals: list[Goal] = [within(reads=2, ns=0.2)]
+            if filters.top_k:
+                peers[TOP_K] = partial(
+                    topk_multinomial, temperature=filters.temperature, top_k=filters.top_k, top_p=filters.top_p
                 )
+                goals.append(times_faster(3, TOP_K))
+            elif filters.top_p < 1:
+                peers[SORT] = partial(sort_multinomial, temperature=filters.temperature, top_p=filters.top_p)
+                goals.append(times_faster(50, SORT))
+            else:
+                peers["torch multinomial"] = partial(softmax_multinomial, temperature=filters.temperature)
+                peers["torch exponential race"] = partial(softmax_race, temperature=filters.temperature)
+            yield Case(
+                shape=f"{shape} {filters}",
+                dtype=shape.dtype,
+                elements=logits.numel(),
+                bytes_moved=logits.nbytes,
+                inputs=inputs,
+                ours=partial(ops.sample, **filters.tensors(shape.batch), **seeds),
+                peers=peers,
+                goals=goals if shape.large else [],
+            )
 
 
 if __name__ == "__main__":
-    harness.main("sample", cases)
+    report.main(__file__)

@@ -1,47 +1,66 @@
-"""target_probs against the usual sort-based filters in torch."""
+"""target_probs beside the usual filters in torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from bench import harness
 from torch import Tensor
 
 from fastdecode import ops
 
-
-def plain(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    logits = logits.float() / temperature
-    if top_k:
-        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        ordered, ids = logits.sort(-1, descending=True)
-        probs = torch.softmax(ordered, -1)
-        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter_(-1, ids, ordered)
-    return torch.softmax(logits, -1)
+from .. import report
+from ..harness import Call, Case
+from ..inputs import TEMPERATURE, TOP_K_TOP_P, TOP_P, copies, logits_shapes
 
 
-def cases() -> Iterator[harness.Case]:
-    for vocab_size in (4096, 128256):
-        for batch in (1, 8):
-            logits = harness.copies(3 * torch.randn(batch, vocab_size))
-            n = len(logits)
-            for name, chosen in {"T": (0.7, 0, 1.0), "T k=50 p=.9": (0.7, 50, 0.9), "T p=.9": (0.7, 0, 0.9)}.items():
-                temperature, top_k, top_p = chosen
-                filters = {
-                    "temperature": torch.full((batch,), temperature),
-                    "top_k": torch.full((batch,), top_k, dtype=torch.int32) if top_k else None,
-                    "top_p": torch.full((batch,), top_p) if top_p < 1 else None,
-                }
-                yield harness.Case(
-                    f"B={batch} V={vocab_size} {name}",
-                    2 * batch * vocab_size * 4,
-                    lambda i, x=logits, n=n, f=filters: ops.target_probs(x[i % n], **f),
-                    {"torch topk/sort/softmax": lambda i, x=logits, n=n, c=chosen: plain(x[i % n], *c)},
+def topk_scatter(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    values, ids = logits.topk(top_k, -1)
+    probs = torch.softmax(values.float() / temperature, -1)
+    probs.masked_fill_(probs.cumsum(-1) - probs >= top_p, 0)
+    probs /= probs.sum(-1, keepdim=True)
+    return torch.zeros(logits.shape).scatter_(-1, ids, probs)
+
+
+def sort_scatter(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    ordered, ids = logits.sort(-1, descending=True)
+    probs = torch.softmax(ordered.float() / temperature, -1)
+    probs.masked_fill_(probs.cumsum(-1) - probs >= top_p, 0)
+    probs /= probs.sum(-1, keepdim=True)
+    return torch.empty(logits.shape).scatter_(-1, ids, probs)
+
+
+def softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.softmax(logits.float() / temperature, -1)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for shape in logits_shapes(quick):
+        logits = shape.logits()
+        inputs = copies(logits)
+        for filters in (TOP_K_TOP_P, TOP_P, TEMPERATURE):
+            peers: dict[str, Call] = {}
+            if filters.top_k:
+                peers["torch topk+scatter"] = partial(
+                    topk_scatter, temperature=filters.temperature, top_k=filters.top_k, top_p=filters.top_p
                 )
+            elif filters.top_p < 1:
+                peers["torch sort+scatter"] = partial(
+                    sort_scatter, temperature=filters.temperature, top_p=filters.top_p
+                )
+            else:
+                peers["torch softmax"] = partial(softmax, temperature=filters.temperature)
+            yield Case(
+                shape=f"{shape} {filters}",
+                dtype=shape.dtype,
+                elements=logits.numel(),
+                bytes_moved=logits.nbytes + 4 * logits.numel(),
+                inputs=inputs,
+                ours=partial(ops.target_probs, **filters.tensors(shape.batch)),
+                peers=peers,
+            )
 
 
 if __name__ == "__main__":
-    harness.main("target_probs", cases)
+    report.main(__file__)
