@@ -6,7 +6,7 @@
 namespace fastdecode::FD_ISA {
 
 template <class To, class From>
-FD_HD constexpr To bit_cast(const From& from) {
+FD_INLINE FD_HD constexpr To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   return __builtin_bit_cast(To, from);
 }

@@ -4,9 +4,9 @@
 // Remez exchange; errors are against the exact function. Straight-line code, so loops over rows vectorise.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/bits.h"
 
@@ -15,53 +15,86 @@ namespace fastdecode::FD_ISA {
 template <class C>
 inline constexpr C kInf = std::numeric_limits<C>::infinity();
 
-FD_HD inline float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-FD_HD inline double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+// exp_minus is 0 beyond this.
+template <class C>
+inline constexpr C kFarthest = std::is_same_v<C, double> ? C(708) : C(87);
+
+FD_INLINE FD_HD float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FD_INLINE FD_HD double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// What a number is to the functions below that also work on vectors of numbers (core/cpu/vector.h).
+template <class N>
+struct Number;
+template <>
+struct Number<float> {
+  using Bits = uint32_t;
+  FD_INLINE FD_HD static float fma(float a, float b, float c) { return fma_(a, b, c); }
+};
+template <>
+struct Number<double> {
+  using Bits = uint64_t;
+  FD_INLINE FD_HD static double fma(double a, double b, double c) { return fma_(a, b, c); }
+};
+
+namespace detail {
 
 // e^-d for d >= 0 (inf gives 0). Results below about 1.6e-38 (d > 87) are 0. Error under 1.0 ulp.
-FD_HD inline float exp_minus(float d) {
-  constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the low bits
-  const float t = fma_(d, -0x1.715476p0f, kMagic);
-  const float n = t - kMagic;
-  const uint32_t exponent = bit_cast<uint32_t>(t) - bit_cast<uint32_t>(kMagic);
-  const float r = fma_(n, 0x1.05c610p-29f, fma_(n, -0x1.62e430p-1f, -d));  // ln 2 in two parts
-  float p = 0x1.6d754ep-10f;
-  p = fma_(p, r, 0x1.120b72p-7f);
-  p = fma_(p, r, 0x1.5554b8p-5f);
-  p = fma_(p, r, 0x1.5554dcp-3f);
-  p = fma_(p, r, 0.5f);
-  const float y = 1.0f + fma_(r * r, p, r);
-  const float scaled = bit_cast<float>(bit_cast<uint32_t>(y) + (exponent << 23));
-  return d <= 87.0f ? scaled : 0.0f;
+template <class N>
+FD_INLINE FD_HD N exp_minus_float(const N& d) {
+  using Bits = typename Number<N>::Bits;
+  auto all = [](float c) { return N{} + c; };
+  auto fma = Number<N>::fma;
+  const N magic =
+      all(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits; no other low bit is set
+  const N t = fma(d, all(-0x1.715476p0f), magic);
+  const N n = t - magic;
+  const N r = fma(n, all(0x1.05c610p-29f), fma(n, all(-0x1.62e430p-1f), -d));  // ln 2 in two parts
+  N p = all(0x1.6d754ep-10f);
+  p = fma(p, r, all(0x1.120b72p-7f));
+  p = fma(p, r, all(0x1.5554b8p-5f));
+  p = fma(p, r, all(0x1.5554dcp-3f));
+  p = fma(p, r, all(0.5f));
+  p = fma(p, r, all(1.0f));
+  const N y = fma(p, r, all(1.0f));
+  const N scaled = bit_cast<N>(bit_cast<Bits>(y) + (bit_cast<Bits>(t) << 23));
+  return d <= kFarthest<float> ? scaled : N{};
 }
 
 // The same in double; 0 for d > 708. Error under 1.0 ulp.
-FD_HD inline double exp_minus(double d) {
-  constexpr double kMagic = 0x1.8p52;
-  const double t = fma_(d, -0x1.71547652b82fep0, kMagic);
-  const double n = t - kMagic;
-  const uint64_t exponent = bit_cast<uint64_t>(t) - bit_cast<uint64_t>(kMagic);
-  const double r = fma_(n, -0x1.abc9e3b39803fp-56, fma_(n, -0x1.62e42fefa39efp-1, -d));
-  double p = 2.0921601115217102e-09;
-  p = fma_(p, r, 2.5105217317573158e-08);
-  p = fma_(p, r, 2.7557252879429645e-07);
-  p = fma_(p, r, 2.7557255399339882e-06);
-  p = fma_(p, r, 2.480158734737129e-05);
-  p = fma_(p, r, 0.00019841269874821448);
-  p = fma_(p, r, 0.0013888888888874387);
-  p = fma_(p, r, 0.008333333333326134);
-  p = fma_(p, r, 0.041666666666666685);
-  p = fma_(p, r, 0.1666666666666667);
-  p = fma_(p, r, 0.5);
-  const double y = 1.0 + fma_(r * r, p, r);
-  const double scaled = bit_cast<double>(bit_cast<uint64_t>(y) + (exponent << 52));
-  return d <= 708.0 ? scaled : 0.0;
+template <class N>
+FD_INLINE FD_HD N exp_minus_double(const N& d) {
+  using Bits = typename Number<N>::Bits;
+  auto all = [](double c) { return N{} + c; };
+  auto fma = Number<N>::fma;
+  const N magic = all(0x1.8p52);
+  const N t = fma(d, all(-0x1.71547652b82fep0), magic);
+  const N n = t - magic;
+  const N r = fma(n, all(-0x1.abc9e3b39803fp-56), fma(n, all(-0x1.62e42fefa39efp-1), -d));
+  N p = all(2.0921601115217102e-09);
+  p = fma(p, r, all(2.5105217317573158e-08));
+  p = fma(p, r, all(2.7557252879429645e-07));
+  p = fma(p, r, all(2.7557255399339882e-06));
+  p = fma(p, r, all(2.480158734737129e-05));
+  p = fma(p, r, all(0.00019841269874821448));
+  p = fma(p, r, all(0.0013888888888874387));
+  p = fma(p, r, all(0.008333333333326134));
+  p = fma(p, r, all(0.041666666666666685));
+  p = fma(p, r, all(0.1666666666666667));
+  p = fma(p, r, all(0.5));
+  const N y = 1.0 + fma(r * r, p, r);
+  const N scaled = bit_cast<N>(bit_cast<Bits>(y) + (bit_cast<Bits>(t) << 52));
+  return d <= kFarthest<double> ? scaled : N{};
 }
+
+}  // namespace detail
+
+FD_INLINE FD_HD float exp_minus(float d) { return detail::exp_minus_float(d); }
+FD_INLINE FD_HD double exp_minus(double d) { return detail::exp_minus_double(d); }
 
 namespace detail {
 
 // log(2^e * (1 + f)) for f in [sqrt(1/2) - 1, sqrt(2) - 1]. Error under 1.5 ulp.
-FD_HD inline float log_parts(float e, float f) {
+FD_INLINE FD_HD float log_parts(float e, float f) {
   const float z = f * f;
   float q = 0.073325357f;
   q = fma_(q, f, -0.11659968f);
@@ -82,7 +115,7 @@ struct Split {
   float e, f;  // x = 2^e * (1 + f)
 };
 
-FD_HD inline Split split(float x) {
+FD_INLINE FD_HD Split split(float x) {
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t e = (bits - kSqrtHalf) >> 23;
@@ -93,14 +126,14 @@ FD_HD inline Split split(float x) {
 }  // namespace detail
 
 // Natural logarithm of x >= 0, subnormal x included; log(0) = -inf.
-FD_HD inline float log_(float x) {
+FD_INLINE FD_HD float log_(float x) {
   const bool small = x < 0x1p-126f;
   const detail::Split s = detail::split(small ? x * 0x1p24f : x);
   const float y = detail::log_parts(small ? s.e - 24.0f : s.e, s.f);
   return x > 0.0f ? y : -kInf<float>;
 }
 
-FD_HD inline double log_(double x) {
+FD_INLINE FD_HD double log_(double x) {
   constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
   const bool small = x < 0x1p-1022;
   const int64_t bits = bit_cast<int64_t>(small ? x * 0x1p54 : x);
@@ -127,7 +160,7 @@ FD_HD inline double log_(double x) {
 }
 
 // -log(1 - v) for v in (0, 1): an exponential variate from a uniform one.
-FD_HD inline float exponential_from_uniform(float v) {
+FD_INLINE FD_HD float exponential_from_uniform(float v) {
   // Below 1 - sqrt(1/2) the series runs in -v itself, so that small v lose nothing to 1 - v.
   const bool large = v > 0.29289f;
   const detail::Split s = detail::split(1.0f - v);

@@ -6,71 +6,84 @@
 namespace fastdecode::FD_ISA {
 namespace {
 
-// One tile, relative to its own maximum: sum of e^-d and of d e^-d, d = max - logit.
-struct TileStats {
-  double max, second, sum, moment;
-  int64_t argmax;
-  bool good;
+// The two largest logits so far, and the id of the first.
+struct TopTwo {
+  double max = -kInf<double>, second = -kInf<double>;
+  int64_t argmax = -1;
+
+  void enter(const TopTwo& later) {
+    second = std::max({second, later.second, std::min(max, later.max)});
+    if (later.max > max) max = later.max, argmax = later.argmax;
+  }
 };
 
+// One tile, relative to its own maximum: sum of e^-d and of d e^-d, d = max - logit.
+struct TileStats {
+  TopTwo top;
+  double sum = 0, moment = 0;
+  bool good = true;
+};
+
+// `before`: of tiles with smaller ids. The second largest and the argmax of a tile that cannot change it are left out.
 template <class T, class C = Compute<T>>
-TileStats tile_stats(const T* logits, int64_t start, int64_t n) {
+TileStats tile_stats(const T* logits, int64_t start, int64_t n, const TopTwo& before) {
   C block_max[kTile / kBlock], max;
-  TileStats stats{-kInf<double>, -kInf<double>, 0, 0, -1, true};
+  TileStats stats;
   const T* x = logits + start;
   stats.good = detail::scan(x, n, block_max, max);
+  stats.top.max = static_cast<double>(max);
   if (!stats.good || max == -kInf<C>) return stats;
-  // the two largest lie in the best block, or one in it and one heads another
-  int64_t best = 0;
-  while (block_max[best] != max) ++best;
-  int64_t at = best * kBlock;
-  while (load(x[at]) != max) ++at;
-  C second = -kInf<C>;
-  for (int64_t i = best * kBlock; i < std::min(n, (best + 1) * kBlock); ++i) {
-    const C other = i == at ? -kInf<C> : load(x[i]);
-    second = other > second ? other : second;
+  if (stats.top.max > before.second) {
+    // the two largest lie in the best block, or one in it and one heads another
+    int64_t best = 0;
+    while (block_max[best] != max) ++best;
+    int64_t at = best * kBlock;
+    while (load(x[at]) != max) ++at;
+    C second = -kInf<C>;
+    for (int64_t i = best * kBlock; i < std::min(n, (best + 1) * kBlock); ++i) {
+      const C other = i == at ? -kInf<C> : load(x[i]);
+      second = other > second ? other : second;
+    }
+    for (int64_t g = 0; g < num_blocks(n); ++g) second = g != best && block_max[g] > second ? block_max[g] : second;
+    stats.top.second = static_cast<double>(second);
+    stats.top.argmax = start + at;
   }
-  for (int64_t g = 0; g < num_blocks(n); ++g) second = g != best && block_max[g] > second ? block_max[g] : second;
-  C sum, moment;
-  tile_sums<C>(
-      n,
-      [=](int64_t i, C& e, C& de) {
-        const C d = max - load(x[i]);
-        e = exp_minus(d);
-        de = e > C(0) ? d * e : C(0);
-      },
-      sum, moment);
-  stats.max = static_cast<double>(max);
-  stats.second = static_cast<double>(second);
-  stats.sum = static_cast<double>(sum);
-  stats.moment = static_cast<double>(moment);
-  stats.argmax = start + at;
+  TileSum<C> sum(n), moment(n);
+  for_tile(n, [&](auto place, int64_t i) {
+    const auto d = max - take(place.wide, x + i);
+    const auto e = exp_minus(d);
+    sum.add(place, e);
+    moment.add_moment(place, d, e);
+  });
+  stats.sum = static_cast<double>(sum.join());
+  stats.moment = static_cast<double>(moment.join());
   return stats;
 }
 
 template <class C>
 void join(const RowStatsArgs& a, int64_t r, const TileStats* tiles, int64_t num_tiles) {
-  TileStats row{-kInf<double>, -kInf<double>, 0, 0, -1, true};
+  TopTwo top;
+  bool good = true;
   for (int64_t t = 0; t < num_tiles; ++t) {
-    row.good = row.good && tiles[t].good;
-    row.second = std::max({row.second, tiles[t].second, std::min(row.max, tiles[t].max)});
-    if (tiles[t].max > row.max) row.max = tiles[t].max, row.argmax = tiles[t].argmax;
+    good = good && tiles[t].good;
+    top.enter(tiles[t].top);
   }
-  a.status[r] = !row.good ? kStatusNaN : row.argmax < 0 ? kStatusNoMass : 0;
+  a.status[r] = !good ? kStatusNaN : !(top.max > -kInf<double>) ? kStatusNoMass : 0;
   if (a.status[r]) return;
+  double sum = 0, moment = 0;
   for (int64_t t = 0; t < num_tiles; ++t) {
     if (!(tiles[t].sum > 0)) continue;
-    const double drop = row.max - tiles[t].max;
+    const double drop = top.max - tiles[t].top.max;
     const double scale = exp_minus(drop);
-    row.sum += scale * tiles[t].sum;
-    row.moment += scale * (tiles[t].moment + drop * tiles[t].sum);
+    sum += scale * tiles[t].sum;
+    moment += scale * (tiles[t].moment + drop * tiles[t].sum);
   }
-  const double log_sum = log_(row.sum);
-  static_cast<C*>(a.max)[r] = static_cast<C>(row.max);
-  static_cast<C*>(a.second)[r] = static_cast<C>(row.second);
-  static_cast<C*>(a.logsumexp)[r] = static_cast<C>(row.max + log_sum);
-  static_cast<C*>(a.entropy)[r] = static_cast<C>(log_sum + row.moment / row.sum);
-  a.argmax[r] = row.argmax;
+  const double log_sum = log_(sum);
+  static_cast<C*>(a.max)[r] = static_cast<C>(top.max);
+  static_cast<C*>(a.second)[r] = static_cast<C>(top.second);
+  static_cast<C*>(a.logsumexp)[r] = static_cast<C>(top.max + log_sum);
+  static_cast<C*>(a.entropy)[r] = static_cast<C>(log_sum + moment / sum);
+  a.argmax[r] = top.argmax;
 }
 
 int64_t num_tiles(const RowStatsArgs& a) { return (a.vocab_size + kTile - 1) / kTile; }
@@ -92,8 +105,11 @@ void run(const RowStatsArgs& a, const Exec& ex) {
     const int64_t r = job / parts, part = job % parts;
     if (!active(r)) return;
     const T* logits = static_cast<const T*>(a.logits) + r / a.rows * a.batch_stride + r % a.rows * a.row_stride;
-    for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t)
-      all[r * tiles + t] = tile_stats(logits, t * kTile, std::min(kTile, V - t * kTile));
+    TopTwo before;
+    for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
+      all[r * tiles + t] = tile_stats(logits, t * kTile, std::min(kTile, V - t * kTile), before);
+      before.enter(all[r * tiles + t].top);
+    }
     if (parts > 1) return;
     clear(r);
     join<C>(a, r, all + r * tiles, tiles);

@@ -137,7 +137,7 @@ class Request {
     emit_drawn(s.other, row_noise);
   }
 
-  // -- block ----------------------------------------------------------------------------------------------------------
+  // -- block --
 
   FD_ROW void block() {
     int64_t kept = 0;  // longest accepted prefix
@@ -179,8 +179,7 @@ class Request {
     int32_t bad = 0;
     if (a.target_is_probs) {
       target_p = x < 0 ? 0 : static_cast<double>(load(target_row(i)[x]));
-      bad = residual(
-          i, weight, nullptr, V, [row = target_row(i)](int64_t v) { return static_cast<C>(load(row[v])); }, left);
+      bad = residual_of_probs(i, weight, left);
     } else {
       int32_t residual_bad = 0;
       bad = with_target(i, [&](auto& law) {
@@ -194,74 +193,70 @@ class Request {
     return bad == 0;
   }
 
-  // -- the residual ---------------------------------------------------------------------------------------------------
+  // -- the residual --
 
   // Leaves (scale * target - draft)+ of row i in s.other, entry j for id ids[j] (all ids where nullptr), and its sum.
-  // kStatusNaN where a number read is none.
+  // target(wide, j) gives target probabilities. kStatusNaN where a number read is none.
   template <class TargetOf>
   int32_t residual(int64_t i, double scale, const uint32_t* ids, int64_t count, const TargetOf& target, double& sum) {
     const auto factor = static_cast<C>(scale);
-    C* const out = s.other;
     if (!a.draft_probs) {
+      const int32_t bad = take_away(ids, count, factor, target, static_cast<const C*>(nullptr), sum);
       const int64_t x = image(i);
-      sum =
-          sum_residual(ids, count, target, [=](C target_v, int64_t id) { return id == x ? C(0) : factor * target_v; });
-      return check(out, count);
+      const int64_t at = ids ? std::lower_bound(ids, ids + count, x, before_id) - ids : x;
+      if (x < 0 || at >= count || (ids && ids[at] != x)) return bad;
+      s.other[at] = C(0);
+      sum = sum_of(Weights<C>{ids, s.other, count});
+      return bad;
     }
-    if (a.draft_to_target) {
-      const C* draft = map_draft(i);
-      const int32_t bad = check(draft, V);
-      sum = sum_residual(ids, count, target, [=](C target_v, int64_t id) {
-        const C draft_v = draft[id];
-        target_v *= factor;
-        const C left = target_v - draft_v;
-        return left > C(0) ? left : C(0);
-      });
-      return bad | check_target(count, target);
-    }
-    int bad = 0;
-    with_draft(i, [&](const auto* draft) {
-      sum = sum_residual(ids, count, target, [=](C target_v, int64_t id) {
-        const C draft_v = load(draft[id]);
-        target_v *= factor;
-        const C left = target_v - draft_v;
-        return left > C(0) ? left : C(0);
-      });
-      for (int64_t v = 0; v < V; ++v) bad |= !(load(draft[v]) < kInf<C>);
-    });
-    return (bad ? kStatusNaN : 0) | check_target(count, target);
+    if (a.draft_to_target) return take_away(ids, count, factor, target, map_draft(i), sum);
+    int32_t bad = 0;
+    with_draft(i, [&](const auto* draft) { bad = take_away(ids, count, factor, target, draft, sum); });
+    return bad;
   }
 
-  template <class TargetOf, class LeftOf>
-  double sum_residual(const uint32_t* ids, int64_t count, const TargetOf& target, const LeftOf& left) {
+  static bool before_id(uint32_t id, int64_t x) { return id < x; }
+
+  // `draft` by id; nullptr = nothing to take away.
+  template <class TargetOf, class D>
+  FD_ROW int32_t take_away(const uint32_t* ids, int64_t count, C factor, const TargetOf& target, const D* draft,
+                           double& sum) {
     C* const out = s.other;
-    if (ids) {
-      return sum_over<C>(ids, count, [&, out](int64_t j) { return out[j] = left(target(j), int64_t{ids[j]}); });
-    }
-    return sum_over<C>(nullptr, count, [&, out](int64_t j) { return out[j] = left(target(j), j); });
-  }
-
-  static int32_t check(const C* values, int64_t count) {
-    int bad = 0;
-    for (int64_t j = 0; j < count; ++j) bad |= !(values[j] < kInf<C>);
-    return bad ? kStatusNaN : 0;
-  }
-  template <class TargetOf>
-  int32_t check_target(int64_t count, const TargetOf& target) const {
-    if (!a.target_is_probs) return 0;  // a law's probabilities are numbers
-    int bad = 0;
-    for (int64_t j = 0; j < count; ++j) bad |= !(target(j) < kInf<C>);
-    return bad ? kStatusNaN : 0;
+    LaneBits<C> bad = {};
+    bool bad_rest = false;
+    sum = sum_over<C>(ids, count, [&](auto wide, int64_t j) {
+      auto target_v = target(wide, j);
+      auto draft_v = target_v * C(0);
+      if (draft) draft_v = take(wide, draft + (ids ? ids[j] : j));
+      if constexpr (wide) {
+        bad |= ~(LaneBits<C>)(target_v < kInf<C>) | ~(LaneBits<C>)(draft_v < kInf<C>);
+      } else {
+        bad_rest |= !(target_v < kInf<C>) || !(draft_v < kInf<C>);
+      }
+      target_v *= factor;
+      const auto left = target_v - draft_v;
+      const auto kept = left > C(0) ? left : draft_v * C(0);
+      put(wide, out + j, kept);
+      return kept;
+    });
+    return bad_rest || any_bit(bad) ? kStatusNaN : 0;
   }
 
   template <class E>
   FD_ROW int32_t residual_of_law(int64_t i, const Law<E>& law, double scale, double& sum) {
     const C inverse = law.inverse_sum();
     if (law.dense()) {
-      return residual(i, scale, nullptr, V, [&](int64_t v) { return exp_minus(law.distance(v)) * inverse; }, sum);
+      return residual(
+          i, scale, nullptr, V, [&](auto wide, int64_t v) { return exp_minus(law.distance(wide, v)) * inverse; }, sum);
     }
     const C* weight = s.weight;
-    return residual(i, scale, s.ids, law.count(), [=](int64_t j) { return weight[j] * inverse; }, sum);
+    return residual(
+        i, scale, s.ids, law.count(), [=](auto wide, int64_t j) { return take(wide, weight + j) * inverse; }, sum);
+  }
+
+  FD_ROW int32_t residual_of_probs(int64_t i, double scale, double& sum) {
+    const T* row = target_row(i);
+    return residual(i, scale, nullptr, V, [row](auto wide, int64_t v) { return take(wide, row + v); }, sum);
   }
 
   // After a rejection in row i.
@@ -280,16 +275,14 @@ class Request {
 
   FD_ROW void emit_residual(int64_t i, double scale, const Noise& row_noise) {
     double sum = 0;
-    const T* row = target_row(i);
-    const int32_t bad = residual(i, scale, nullptr, V, [row](int64_t v) { return static_cast<C>(load(row[v])); }, sum);
-    if (bad) return fail(bad);
+    if (const int32_t bad = residual_of_probs(i, scale, sum)) return fail(bad);
     if (sum > 0) return emit(draw(Weights<C>{nullptr, s.other, V}, sum, uniform(a.K), row_noise));
     status |= kStatusResidualFallback;
-    if (const int32_t bad_row = load_probs(i)) return fail(bad_row);
+    if (const int32_t bad = load_probs(i)) return fail(bad);
     emit_drawn(s.other, row_noise);
   }
 
-  // -- typical and top_beta -------------------------------------------------------------------------------------------
+  // -- typical and top_beta --
 
   double threshold(double entropy) const {
     const double eps = a.eps ? a.eps[b] : 0.09f, delta = a.delta ? a.delta[b] : 0.3f;
@@ -335,35 +328,43 @@ class Request {
         s.other[j] = stays ? all.weight[j] : C(0);
       }
       const Weights<C> cut{all.ids, s.other, all.count};
-      const C* weight = s.other;
-      const double sum = sum_over<C>(cut.ids, cut.count, [weight](int64_t j) { return weight[j]; });
-      emit(draw(cut, sum, uniform(a.K), row_noise));
+      emit(draw(cut, sum_of(cut), uniform(a.K), row_noise));
     });
   }
 
-  // -- rows of probabilities
-  // -------------------------------------------------------------------------------------------
+  // -- rows of probabilities --
 
   // Row i into s.other.
   FD_ROW int32_t load_probs(int64_t i) {
     const T* row = target_row(i);
-    for (int64_t v = 0; v < V; ++v) s.other[v] = static_cast<C>(load(row[v]));
-    return check(s.other, V);
+    C* const out = s.other;
+    int bad = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      out[v] = static_cast<C>(load(row[v]));
+      bad |= !(out[v] < kInf<C>);
+    }
+    return bad ? kStatusNaN : 0;
   }
 
   FD_ROW double entropy_of_probs() const {
     const C* p = s.other;
-    return sum_over<C>(nullptr, V, [p](int64_t v) { return p[v] > C(0) ? -p[v] * log_(p[v]) : C(0); });
+    double sum = 0;
+    for (int64_t start = 0; start < V; start += kTile) {
+      TileSum<C> tile;
+      for (int64_t v = start; v < std::min(V, start + kTile); ++v) tile.add(v, p[v] > C(0) ? -p[v] * log_(p[v]) : C(0));
+      sum += static_cast<double>(tile.join());
+    }
+    return sum;
   }
 
   void emit_drawn(const C* weight, const Noise& row_noise) {
-    const double sum = sum_over<C>(nullptr, V, [weight](int64_t v) { return weight[v]; });
+    const Weights<C> all{nullptr, weight, V};
+    const double sum = sum_of(all);
     if (!(sum > 0)) return fail(kStatusNoMass);
-    emit(draw(Weights<C>{nullptr, weight, V}, sum, uniform(a.K), row_noise));
+    emit(draw(all, sum, uniform(a.K), row_noise));
   }
 
-  // -- access
-  // ----------------------------------------------------------------------------------------------------------
+  // -- access --
 
   int64_t flat_row(int64_t i) const { return a.row_start ? a.row_start[b] + i : 0; }
 

@@ -16,7 +16,7 @@ namespace detail {
 struct Noise8 {
   Words8 w[4];  // words 0 .. 3 of each counter, in the low halves
 };
-inline Noise8 noise8(const Noise& n, const Words8& group) {
+FD_INLINE Noise8 noise8(const Noise& n, const Words8& group) {
   const Words8 m0 = Words8{} + 0xD2511F53u, m1 = Words8{} + 0xCD9E8D57u;
   Words8 c0 = group, c1 = Words8{} + n.stream_node, c2 = Words8{} + n.offset_lo, c3 = Words8{} + n.offset_hi;
   uint32_t k0 = n.seed_lo, k1 = n.seed_hi;
@@ -34,7 +34,7 @@ inline Noise8 noise8(const Noise& n, const Words8& group) {
 }
 
 // The words of ids 4 * group .. 4 * group + 31, group a multiple of 8, as two runs of sixteen.
-inline void noise_of_ids(const Noise& n, uint32_t group, LaneBits<float> (&out)[2]) {
+FD_INLINE void noise_of_ids(const Noise& n, uint32_t group, LaneBits<float> (&out)[2]) {
   const Noise8 noise = noise8(n, Words8{0, 1, 2, 3, 4, 5, 6, 7} + group);
   const Words8 low = (noise.w[0] & 0xffffffffu) | noise.w[1] << 32;
   const Words8 high = (noise.w[2] & 0xffffffffu) | noise.w[3] << 32;
@@ -46,17 +46,17 @@ inline constexpr float kLog2E = 0x1.715476p0f;
 
 // Bounds of log2 that need no logarithm: the bits of a float, read as a number, are its logarithm with straight lines
 // between the powers of two, at most 0.0861 too low.
-inline Lanes<float> log2_below(const Lanes<float>& x) {
+FD_INLINE Lanes<float> log2_below(const Lanes<float>& x) {
   typedef int32_t Signed __attribute__((vector_size(64)));
   return __builtin_convertvector((Signed)x, Lanes<float>) * 0x1p-23f - 127.0f;
 }
-inline Lanes<float> log2_above(const Lanes<float>& x) {
+FD_INLINE Lanes<float> log2_above(const Lanes<float>& x) {
   const Lanes<float> bound = log2_below(x) + 0.0862f;
   return x > 0.0f ? bound : Lanes<float>{} - kInf<float>;
 }
 
-inline Lanes<float> to_float(const Lanes<float>& x) { return x; }
-inline Lanes<float> to_float(const Lanes<double>& x) { return __builtin_convertvector(x, Lanes<float>); }
+FD_INLINE Lanes<float> to_float(const Lanes<float>& x) { return x; }
+FD_INLINE Lanes<float> to_float(const Lanes<double>& x) { return __builtin_convertvector(x, Lanes<float>); }
 
 // The leader of a race. Ids enter in any order; a tie goes to the lowest.
 template <class C>
@@ -142,7 +142,7 @@ FD_ROW int64_t inverse_cdf(const Weights<C>& w, double sum, double uniform) {
   int64_t found = -1, end = w.count;
   const C* weight = w.weight;
   for_each_tile<C>(
-      w.ids, w.count, [weight](int64_t j) { return weight[j]; },
+      w.ids, w.count, [weight](auto wide, int64_t j) { return take(wide, weight + j); },
       [&](int64_t first, int64_t last, double tile) {
         if (before + tile <= wanted) return before += tile, false;
         for (int64_t j = first; j < last && found < 0; ++j) {
@@ -176,7 +176,7 @@ FD_ROW int64_t draw(Law<E>& law, std::optional<double> uniform, const Noise& noi
   leader.enter(top, C(0), noise.word(top));
   return race<C>(
       law.V, noise, leader, [&](int64_t v) { return -law.distance(v); },
-      [&](int64_t v) { return detail::to_float(law.distances(v)) * -detail::kLog2E; });
+      [&](int64_t v) { return detail::to_float(law.distance(std::true_type{}, v)) * -detail::kLog2E; });
 }
 
 // One id of weights that need not add up to 1; `sum`, their sum, is positive.

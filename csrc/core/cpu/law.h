@@ -78,23 +78,33 @@ struct Weights {
   int64_t id(int64_t j) const { return ids ? ids[j] : j; }
 };
 
-// Calls tile(begin, end, sum) for entries begin .. end - 1 of every tile that has any, in order; value(j) is the
-// weight of entry j, called once. Ends early when tile returns true.
+// distance * weight, 0 where the weight is 0 for the distance, which may then be inf.
+template <class N>
+FD_INLINE N moment_of(const N& distance, const N& weight) {
+  using C = std::remove_cvref_t<decltype(distance[0])>;
+  return distance <= kFarthest<C> ? distance * weight : N{};
+}
+FD_INLINE float moment_of(float d, float weight) { return d <= kFarthest<float> ? d * weight : 0.0f; }
+FD_INLINE double moment_of(double d, double weight) { return d <= kFarthest<double> ? d * weight : 0.0; }
+
+// Calls tile(begin, end, sum) for the entries begin .. end - 1 of every tile that has any, in order, until it returns
+// true. value(wide, j) gives the weights of entries j .. j + 15, or that of entry j; it is called once for each.
 template <class C, class ValueOf, class OnTile>
 void for_each_tile(const uint32_t* ids, int64_t count, const ValueOf& value, const OnTile& tile) {
   if (!ids) {
     for (int64_t start = 0; start < count; start += kTile) {
       const int64_t n = std::min(kTile, count - start);
-      const C sum = tile_sum<C>(n, [&](int64_t i) { return value(start + i); });
-      if (tile(start, start + n, static_cast<double>(sum))) return;
+      TileSum<C> sum(n);
+      for_tile(n, [&](auto place, int64_t i) { sum.add(place, value(place.wide, start + i)); });
+      if (tile(start, start + n, static_cast<double>(sum.join()))) return;
     }
     return;
   }
   for (int64_t j = 0; j < count;) {
-    alignas(64) C lane[kLanes] = {};
+    TileSum<C> sum;
     const int64_t begin = j, which = ids[j] / kTile;
-    for (; j < count && ids[j] / kTile == which; ++j) lane[ids[j] % kLanes] += value(j);
-    if (tile(begin, j, static_cast<double>(join_lanes(lane)))) return;
+    for (; j < count && ids[j] / kTile == which; ++j) sum.add(ids[j], value(std::false_type{}, j));
+    if (tile(begin, j, static_cast<double>(sum.join()))) return;
   }
 }
 
@@ -105,14 +115,21 @@ double sum_over(const uint32_t* ids, int64_t count, const ValueOf& value) {
   return sum;
 }
 
+template <class C>
+FD_ROW double sum_of(const Weights<C>& w) {
+  const C* weight = w.weight;
+  return sum_over<C>(w.ids, w.count, [weight](auto wide, int64_t j) { return take(wide, weight + j); });
+}
+
 namespace detail {
 
 // Largest logit of every block, and of the row; false where the row holds NaN or +inf.
 template <class E, class C = Compute<E>>
 FD_ROW bool scan(const E* x, int64_t vocab_size, C* block_max, C& max) {
+  constexpr auto kMagnitude = static_cast<std::conditional_t<sizeof(C) == 8, uint64_t, uint32_t>>(-1) >> 1;
   LaneBits<C> magnitude = {};
   auto enter = [&](const Lanes<C>& v) {
-    const LaneBits<C> bits = (LaneBits<C>)v << 1 >> 1;
+    const LaneBits<C> bits = (LaneBits<C>)v & kMagnitude;
     magnitude = bits > magnitude ? bits : magnitude;
   };
   max = -kInf<C>;
@@ -253,8 +270,11 @@ class Law {
   int64_t count() const { return listed_ ? count_ : V; }
 
   C max() const { return max_; }
-  C distance(int64_t v) const { return (max_ - load(x_[v])) * inverse_temperature_; }
-  Lanes<C> distances(int64_t v) const { return (max_ - load_lanes(x_ + v)) * inverse_temperature_; }
+  FD_INLINE C distance(int64_t v) const { return distance(std::false_type{}, v); }
+  template <class Wide>
+  FD_INLINE auto distance(Wide wide, int64_t v) const {
+    return (max_ - take(wide, x_ + v)) * inverse_temperature_;
+  }
   C logit(int64_t v) const { return load(x_[v]); }
 
   // Lowest id of the largest logit.
@@ -277,12 +297,15 @@ class Law {
   // Computes the sum that probabilities are divided by. Writes a dense law's weights to `store` where it is given.
   FD_ROW void normalise(C* store = nullptr) {
     if (listed_) {
-      const C* weight = s.weight;
-      sum_ = sum_over<C>(s.ids, count_, [weight](int64_t j) { return weight[j]; });
+      sum_ = sum_of(weights());
     } else if (store) {
-      sum_ = sum_over<C>(nullptr, V, [this, store](int64_t v) { return store[v] = exp_minus(distance(v)); });
+      sum_ = sum_over<C>(nullptr, V, [this, store](auto wide, int64_t v) {
+        const auto weight = exp_minus(distance(wide, v));
+        put(wide, store + v, weight);
+        return weight;
+      });
     } else {
-      sum_ = sum_over<C>(nullptr, V, [this](int64_t v) { return exp_minus(distance(v)); });
+      sum_ = sum_over<C>(nullptr, V, [this](auto wide, int64_t v) { return exp_minus(distance(wide, v)); });
     }
     inverse_sum_ = static_cast<C>(1.0 / sum_);
   }
@@ -304,13 +327,11 @@ class Law {
 
   // Entropy in nats, after normalise.
   FD_ROW double entropy() const {
-    auto term = [](C d) {
-      const C e = exp_minus(d);
-      return e > C(0) ? d * e : C(0);
-    };
-    const C* distance_of = s.distance;
-    const double moment = listed_ ? sum_over<C>(s.ids, count_, [=](int64_t j) { return term(distance_of[j]); })
-                                  : sum_over<C>(nullptr, V, [&](int64_t v) { return term(distance(v)); });
+    auto term = [](const auto& d) { return moment_of(d, exp_minus(d)); };
+    const C* far = s.distance;
+    const double moment =
+        listed_ ? sum_over<C>(s.ids, count_, [=](auto wide, int64_t j) { return term(take(wide, far + j)); })
+                : sum_over<C>(nullptr, V, [&](auto wide, int64_t v) { return term(distance(wide, v)); });
     return log_(sum_) + moment / sum_;
   }
 
@@ -318,7 +339,7 @@ class Law {
   const RowScratch<C>& s;
 
  private:
-  static constexpr C kFarthest = std::numeric_limits<C>::max();  // beyond it only the forbidden ids
+  static constexpr C kEverywhere = std::numeric_limits<C>::max();  // beyond it are only the forbidden ids
 
   FD_ROW void filter(const RowFilter& f) {
     if (greedy_) {
@@ -339,7 +360,7 @@ class Law {
     if (p) {
       const uint64_t target = share(f.top_p, row_mass > 0 ? row_mass : list_mass());
       // the list has to hold the nucleus; most of the time that lies near the top
-      for (const C limit : {C(6), C(18), kFarthest}) {
+      for (const C limit : {C(4), C(6), C(8), C(11), C(15), C(21), kEverywhere}) {
         if (k || (listed_ && list_mass() >= target)) break;
         gather(limit);
         weigh();
@@ -356,11 +377,11 @@ class Law {
       compact([&](int64_t j) { return s.weight[j] >= least; });
     }
     if (f.typical_p < 1.0f) {
-      if (!listed_) gather(kFarthest), weigh();
+      if (!listed_) gather(kEverywhere), weigh();
       const C *d = s.distance, *w = s.weight;
-      const double sum = sum_over<C>(s.ids, count_, [w](int64_t j) { return w[j]; });
-      const double moment = sum_over<C>(s.ids, count_, [d, w](int64_t j) { return w[j] > C(0) ? d[j] * w[j] : C(0); });
-      const auto mean = static_cast<C>(moment / sum);
+      const double moment = sum_over<C>(
+          s.ids, count_, [d, w](auto wide, int64_t j) { return moment_of(take(wide, d + j), take(wide, w + j)); });
+      const auto mean = static_cast<C>(moment / sum_of(weights()));
       // |-log p - entropy|: the normaliser cancels
       for (int64_t j = 0; j < count_; ++j) s.other[j] = d[j] > mean ? d[j] - mean : mean - d[j];
       keep(by(s.other), share(f.typical_p, list_mass()), mass());
@@ -380,13 +401,19 @@ class Law {
   }
 
   FD_ROW uint64_t mass_of_row() const {
-    uint64_t mass[kWide] = {};
-    int64_t v = 0;
-    for (; v + kWide <= V; v += kWide)
-      for (int64_t l = 0; l < kWide; ++l) mass[l] += fixed_mass(exp_minus(distance(v + l)));
-    for (; v < V; ++v) mass[0] += fixed_mass(exp_minus(distance(v)));
+    typedef uint64_t Mass __attribute__((vector_size(8 * kWide)));
+    typedef int64_t SignedMass __attribute__((vector_size(8 * kWide)));
+    Mass mass = {};
     uint64_t total = 0;
-    for (const uint64_t part : mass) total += part;
+    for_lanes(0, V, [&](auto wide, int64_t v) {
+      const auto weight = exp_minus(distance(wide, v));
+      if constexpr (wide) {
+        mass += __builtin_convertvector(__builtin_convertvector(weight * C(0x1p40), SignedMass), Mass);
+      } else {
+        total += fixed_mass(weight);
+      }
+    });
+    for (int64_t l = 0; l < kWide; ++l) total += mass[l];
     return total;
   }
 
@@ -405,14 +432,14 @@ class Law {
     constexpr int kShift = 8 * sizeof(C) - 1 - detail::kDigit;  // the sign bit is 0
     uint32_t bins[1 << detail::kDigit] = {};
     const int64_t blocks = num_blocks(V);
-    if (k > blocks) return kFarthest;
+    if (k > blocks) return kEverywhere;
     for (int64_t g = 0; g < blocks; ++g)
       ++bins[detail::rising_key((max_ - s.block_max[g]) * inverse_temperature_) >> kShift];
     int64_t seen = 0;
     detail::Key<C> bin = 0;
     while (seen < k) seen += bins[bin++];
     const C limit = bit_cast<C>(static_cast<detail::Key<C>>((bin << kShift) - 1));
-    return limit < kFarthest ? limit : kFarthest;
+    return limit < kEverywhere ? limit : kEverywhere;
   }
 
   // Lists the ids within `limit` of the top.
@@ -427,7 +454,7 @@ class Law {
       if constexpr (std::is_same_v<C, float>) {
         const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (; v + kWide <= end; v += kWide) {
-          const __m512 d = (__m512)distances(v);
+          const __m512 d = (__m512)distance(std::true_type{}, v);
           const __mmask16 near = _mm512_cmp_ps_mask(d, _mm512_set1_ps(limit), _CMP_LE_OQ);
           const __m512i here = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(v)));
           // compressed in registers: storing compressed is slow on some machines
