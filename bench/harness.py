@@ -33,6 +33,7 @@ Inputs = Sequence[tuple[Any, ...]]  # calls get them in turn, as positional argu
 SAMPLE_SECONDS = 2e-3  # a sample repeats the call until it is this long, so that reading the clock does not matter
 LEAST_SAMPLES = 4
 SLOW_SECONDS = 20e-3  # a call this long needs no warm-up in every sample
+VERY_SLOW_SECONDS = 0.2  # two samples are enough of a call this long
 GIVE_UP = 3.0  # a number of threads that takes so many times the best one is not measured further
 LARGER_WINS = 0.95  # ours is shown at a larger number of threads only where it takes this much of the time
 GATE = 0.9  # a row is kept if its threads got this much of the processors they asked for
@@ -141,17 +142,21 @@ def thread_counts(most: int) -> list[int]:
 
 
 def expression(call: Call) -> str:
-    """The source of what is timed, with the arguments that are bound to it."""
-    bound: list[str] = []
+    """What is timed, with the arguments that are bound to it."""
+    bound = ["*inputs"]
     if isinstance(call, partial):
-        bound = [_show(value) for value in call.args] + [
-            f"{key}={_show(value)}" for key, value in call.keywords.items()
-        ]
-        call = call.func
-    if call.__module__.startswith("fastdecode.ops"):
-        return f"fastdecode.ops.{call.__name__}({', '.join(['*inputs', *bound])})"
-    source = textwrap.dedent(inspect.getsource(call)).strip()
-    return source + (f"\n# with {', '.join(bound)}" if bound else "")
+        bound += map(_show, call.args)
+        bound += (f"{key}={_show(value)}" for key, value in call.keywords.items())
+    name, code = source(call)
+    return f"{name if code else 'fastdecode.ops.' + name}({', '.join(bound)})"
+
+
+def source(call: Call) -> tuple[str, str]:
+    """Name and code of the function that is timed; no code for our ops."""
+    function = call.func if isinstance(call, partial) else call
+    if function.__module__.startswith("fastdecode.ops"):
+        return function.__name__, ""
+    return function.__name__, textwrap.dedent(inspect.getsource(function)).strip()
 
 
 def _show(value: object) -> str:
@@ -199,6 +204,10 @@ class _Series:
     def _next(self, count: int) -> list[tuple[Any, ...]]:
         start, self.turn = self.turn, self.turn + count
         return [self.inputs[i % len(self.inputs)] for i in range(start, start + count)]
+
+    def enough(self, seconds: float) -> bool:
+        least = LEAST_SAMPLES if self.call_seconds < VERY_SLOW_SECONDS else 2
+        return self.spent >= seconds and len(self.samples) >= least
 
     def timing(self) -> Timing:
         walls = [wall for wall, _, _ in self.samples]
@@ -258,7 +267,7 @@ def measure(
         calls: with their inputs.
         counts: numbers of threads, fewest first.
         cpus: processors that the threads are pinned to.
-        seconds: for all calls together; each gets an equal part, but at least four samples.
+        seconds: for all calls together; each gets an equal part, but at least four samples (two of a very slow one).
     Returns:
         for each call its timings in the order of `counts`, without those given up.
     """
@@ -278,8 +287,8 @@ def measure(
             pin(count)
             for index, (call, inputs) in enumerate(calls):
                 one = _Series(index, call, inputs, count)
-                one.sample()  # the first call may allocate, import, compile
-                one.call_seconds = one.sample()[0]
+                first = one.sample()[0]  # it may allocate, import, compile
+                one.call_seconds = one.sample()[0] if first < VERY_SLOW_SECONDS else first
                 if one.call_seconds < 10 * length:  # a second look, at a full sample
                     one.repeats = max(1, int(length / one.call_seconds))
                     one.call_seconds = one.sample()[0]
@@ -294,7 +303,7 @@ def measure(
                 for one in order:
                     pin(one.threads)
                     one.samples.append(one.sample())
-            waiting = [one for one in waiting if one.spent < share or len(one.samples) < LEAST_SAMPLES]
+            waiting = [one for one in waiting if not one.enough(share)]
     return [[one.timing() for one in series if one.index == index] for index in range(len(calls))]
 
 

@@ -19,7 +19,7 @@ from fastdecode.runtime import pin_threads, thread_settings
 
 from . import machine
 from . import ops as ops_package
-from .harness import Case, Ceiling, Entrant, Row, ceilings, measure_case, thread_counts
+from .harness import Case, Ceiling, Entrant, Row, ceilings, measure_case, source, thread_counts
 
 _PREFIX = "bench_"
 
@@ -33,6 +33,7 @@ class Report:
     seconds: float
     quick: bool
     ceilings: list[Ceiling]
+    sources: dict[str, str]  # of the functions in the rows' expressions
     rows: list[Row]
 
 
@@ -86,7 +87,7 @@ def run(
             report = _measure(name, thread_counts(most), cpus, quick, seconds, progress)
             if folder is not None:
                 value = {"machine": before, "load_average_after": os.getloadavg(), **asdict(report)}
-                (folder / f"{name}.json").write_text(json.dumps(_rounded(value), indent=1) + "\n", encoding="utf-8")
+                (folder / f"{name}.json").write_text(_json(_rounded(value)), encoding="utf-8")
             progress("")
             _show(report, verbose)
             failed |= any(verdict.met is not True for row in report.rows for verdict in row.goals)
@@ -100,12 +101,21 @@ def _measure(
     progress(f"{name}: read bandwidth")
     limits = ceilings(counts, cpus, min(0.25 * len(counts), 10 * seconds))
     torch.manual_seed(0)
-    rows = []
+    rows: list[Row] = []
+    sources: dict[str, str] = {}
     cases: Iterator[Case] = module.cases(quick)
     for case in cases:
+        sources.update(source(call) for call in (case.ours, *case.peers.values()))
         progress(f"{name}: {case.shape} {str(case.dtype).removeprefix('torch.')}")
         rows.append(measure_case(case, limits, cpus, seconds))
-    return Report(name, counts, seconds, quick, limits, rows)
+    sources = {function: code for function, code in sources.items() if code}
+    return Report(name, counts, seconds, quick, limits, sources, rows)
+
+
+def _json(value: dict[str, Any]) -> str:
+    """Indented, with each row in one line."""
+    rows = ",\n  ".join(json.dumps(row) for row in value["rows"])
+    return json.dumps({**value, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n"
 
 
 def _rounded(value: Any) -> Any:
@@ -174,8 +184,11 @@ def _show(report: Report, verbose: bool) -> None:
     if not all(row.kept for row in report.rows) or not all(limit.kept for limit in report.ceilings):
         console.print("!  disturbed by other programs: this time does not count")
     if verbose:
-        for name, code in _expressions(report).items():
-            console.print(f"\n{name}:\n{code}", soft_wrap=True)
+        for row in report.rows:
+            for entrant in (row.ours, *row.peers):
+                console.print(f"{row.shape} {row.dtype}: {entrant.name}: {entrant.expression}", soft_wrap=True)
+        for code in report.sources.values():
+            console.print(f"\n{code}", soft_wrap=True)
     console.print()
 
 
@@ -190,16 +203,6 @@ def _us(entrant: Entrant) -> str:
 def _goals(row: Row) -> str:
     verdicts = [{True: "met", False: "missed", None: "?"}[verdict.met] for verdict in row.goals]
     return verdicts[0] if len(set(verdicts)) == 1 else " ".join(verdicts)
-
-
-def _expressions(report: Report) -> dict[str, str]:
-    """The code of every row, each text once."""
-    found: dict[str, str] = {}
-    for row in report.rows:
-        for entrant in (row.ours, *row.peers):
-            if entrant.expression not in found.values():
-                found[f"{entrant.name} ({row.shape} {row.dtype})"] = entrant.expression
-    return found
 
 
 def main(file: str) -> NoReturn:

@@ -30,6 +30,8 @@ def test_table_and_json(cli, tmp_path):
     assert {"device", "cpu_flags", "clock_mhz", "l3_bytes", "versions", "commit", "date", "load_average"} <= set(
         report["machine"]
     )
+    assert list(report["sources"]) == ["topk_softmax_lse", "argmax_alone"]
+    assert report["sources"]["argmax_alone"].endswith("return logits.argmax(-1)")
     assert [limit["threads"] for limit in report["ceilings"]] == [1]
     assert all(limit["read_gb_per_s"] > 0 and limit["exp_ns"] > 0 for limit in report["ceilings"])
     assert [row["shape"] for row in report["rows"]] == ["B=1 V=4096", "B=8 V=4096"]
@@ -50,6 +52,7 @@ def test_table_and_json(cli, tmp_path):
         }
         assert row["ours"]["expression"] == "fastdecode.ops.row_stats(*inputs)"
         assert [peer["name"] for peer in row["peers"]] == ["torch topk+log_softmax", "torch argmax alone"]
+        assert row["peers"][1]["expression"] == "argmax_alone(*inputs)"
         for entrant in (row["ours"], *row["peers"]):
             assert set(entrant["best"]) == TIMING and entrant["timings"] == [entrant["best"]]
             assert 0 < entrant["best"]["p25_us"] <= entrant["best"]["us"] <= entrant["best"]["p75_us"]
