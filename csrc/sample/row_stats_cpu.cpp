@@ -49,7 +49,7 @@ TileStats tile_stats(const T* logits, int64_t start, int64_t n, const TopTwo& be
     stats.top.argmax = start + at;
   }
   TileSum<C> sum(n), moment(n);
-  for_tile(n, [&](auto place, int64_t i) {
+  for_tile<true>(n, [&](auto place, int64_t i) {
     const auto d = max - take(place.wide, x + i);
     const auto e = exp_minus(d);
     sum.add(place, e);

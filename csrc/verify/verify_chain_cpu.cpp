@@ -200,27 +200,17 @@ class Request {
   template <class TargetOf>
   int32_t residual(int64_t i, double scale, const uint32_t* ids, int64_t count, const TargetOf& target, double& sum) {
     const auto factor = static_cast<C>(scale);
-    if (!a.draft_probs) {
-      const int32_t bad = take_away(ids, count, factor, target, static_cast<const C*>(nullptr), sum);
-      const int64_t x = image(i);
-      const int64_t at = ids ? std::lower_bound(ids, ids + count, x, before_id) - ids : x;
-      if (x < 0 || at >= count || (ids && ids[at] != x)) return bad;
-      s.other[at] = C(0);
-      sum = sum_of(Weights<C>{ids, s.other, count});
-      return bad;
-    }
-    if (a.draft_to_target) return take_away(ids, count, factor, target, map_draft(i), sum);
+    if (!a.draft_probs) return take_away(ids, count, factor, target, static_cast<const C*>(nullptr), image(i), sum);
+    if (a.draft_to_target) return take_away(ids, count, factor, target, map_draft(i), -1, sum);
     int32_t bad = 0;
-    with_draft(i, [&](const auto* draft) { bad = take_away(ids, count, factor, target, draft, sum); });
+    with_draft(i, [&](const auto* draft) { bad = take_away(ids, count, factor, target, draft, -1, sum); });
     return bad;
   }
 
-  static bool before_id(uint32_t id, int64_t x) { return id < x; }
-
-  // `draft` by id; nullptr = nothing to take away.
+  // `draft` by id; nullptr = one-hot at x, -1 for nowhere.
   template <class TargetOf, class D>
   FD_ROW int32_t take_away(const uint32_t* ids, int64_t count, C factor, const TargetOf& target, const D* draft,
-                           double& sum) {
+                           int64_t x, double& sum) {
     C* const out = s.other;
     LaneBits<C> bad = {};
     bool bad_rest = false;
@@ -235,7 +225,12 @@ class Request {
       }
       target_v *= factor;
       const auto left = target_v - draft_v;
-      const auto kept = left > C(0) ? left : draft_v * C(0);
+      auto kept = left > C(0) ? left : draft_v * C(0);
+      if constexpr (wide) {
+        if (x >= j && x < j + kWide) kept[x - j] = C(0);
+      } else {
+        if (x == (ids ? ids[j] : j)) kept = C(0);
+      }
       put(wide, out + j, kept);
       return kept;
     });

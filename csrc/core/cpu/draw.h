@@ -44,26 +44,34 @@ FD_INLINE void noise_of_ids(const Noise& n, uint32_t group, LaneBits<float> (&ou
 
 inline constexpr float kLog2E = 0x1.715476p0f;
 
-// Bounds of log2 that need no logarithm: the bits of a float, read as a number, are its logarithm with straight lines
-// between the powers of two, at most 0.0861 too low.
-FD_INLINE Lanes<float> log2_below(const Lanes<float>& x) {
-  typedef int32_t Signed __attribute__((vector_size(64)));
-  return __builtin_convertvector((Signed)x, Lanes<float>) * 0x1p-23f - 127.0f;
-}
-FD_INLINE Lanes<float> log2_above(const Lanes<float>& x) {
-  const Lanes<float> bound = log2_below(x) + 0.0862f;
-  return x > 0.0f ? bound : Lanes<float>{} - kInf<float>;
-}
+// The bits of a positive float, read as a number and times 2^-23, are its log2 plus 127 with straight lines between the
+// powers of two: at most 0.0861 too low. So logarithms can be bounded, and compared, without computing them.
+typedef int32_t LogBits __attribute__((vector_size(64)));
+inline constexpr float kMostBelow = 0.0862f;
 
 FD_INLINE Lanes<float> to_float(const Lanes<float>& x) { return x; }
 FD_INLINE Lanes<float> to_float(const Lanes<double>& x) { return __builtin_convertvector(x, Lanes<float>); }
+
+// Lowest index of the largest of n >= 1 numbers.
+template <class C>
+FD_ROW int64_t argmax(const C* x, int64_t n) {
+  Lanes<C> top = Lanes<C>{} - kInf<C>;
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) top = larger<C>(load_lanes(x + i), top);
+  C max = largest<C>(top);
+  for (; i < n; ++i) max = x[i] > max ? x[i] : max;
+  int64_t at = 0;
+  while (at + kWide <= n && !any_bit(load_lanes(x + at) == max)) at += kWide;
+  while (x[at] != max) ++at;
+  return at;
+}
 
 // The leader of a race. Ids enter in any order; a tie goes to the lowest.
 template <class C>
 struct Leader {
   C best = -kInf<C>;
   int64_t winner = -1;
-  // An id with word w can only win if log2(v) - log2(its weight) stays below this: its Gumbel variate
+  // An id can only win if log2(v) - log2(its weight) stays below this, v its word times 2^-32: its Gumbel variate
   // -log(-log(1 - v)) is at most -log(v). A little more, for the roundings.
   float reach = kInf<float>;
 
@@ -79,13 +87,13 @@ struct Leader {
 
 }  // namespace detail
 
-// argmax over all ids v < vocab_size of key(v) + gumbel(v); ids with key -inf never win, ties go to the lowest id; -1
-// if no id can win. Every id's noise depends on its index alone, so any split of the row gives the same winner.
-// log2_bound(v), for sixteen ids from v on, is at least log2(e) * key and finite only where key is; it decides for
-// which ids the variate is computed at all.
-template <class C, class KeyOf, class BoundOf>
+// argmax over all ids v < vocab_size of key(v) + gumbel(v); ids with key -inf never win, ties go to the lowest id.
+// Every id's noise depends on its index alone, so any split of the row gives the same winner. `leader` has entered one
+// id. may_win(v, word, reach), for sixteen ids from v on and their words as floats, is true at least where
+// Leader::reach lets an id win; only there is the variate computed.
+template <class C, class KeyOf, class MayWin>
 int64_t race(int64_t vocab_size, const Noise& noise, detail::Leader<C> leader, const KeyOf& key,
-             const BoundOf& log2_bound) {
+             const MayWin& may_win) {
   constexpr int64_t kStep = 64;
   auto enter = [&](int64_t v, uint32_t word) {
     const C k = key(v);
@@ -100,16 +108,16 @@ int64_t race(int64_t vocab_size, const Noise& noise, detail::Leader<C> leader, c
       words[2 * half] = two[0];
       words[2 * half + 1] = two[1];
     }
-    LaneBits<float> may_win[kStep / kWide], any = {};
+    LaneBits<float> may[kStep / kWide], any = {};
     for (int64_t j = 0; j < kStep / kWide; ++j) {
-      const Lanes<float> v = __builtin_convertvector(words[j], Lanes<float>) * 0x1p-32f + 0x1p-33f;
-      may_win[j] = (LaneBits<float>)(detail::log2_below(v) - log2_bound(start + j * kWide) < leader.reach);
-      any |= may_win[j];
+      const Lanes<float> word = __builtin_convertvector(words[j], Lanes<float>);
+      may[j] = (LaneBits<float>)may_win(start + j * kWide, word, leader.reach);
+      any |= may[j];
     }
     if (!any_bit(any)) continue;
     for (int64_t j = 0; j < kStep / kWide; ++j)
       for (int64_t l = 0; l < kWide; ++l)
-        if (may_win[j][l]) enter(start + j * kWide + l, words[j][l]);
+        if (may[j][l]) enter(start + j * kWide + l, words[j][l]);
   }
   for (; start < vocab_size; ++start) enter(start, noise.word(start));
   return leader.winner;
@@ -176,7 +184,11 @@ FD_ROW int64_t draw(Law<E>& law, std::optional<double> uniform, const Noise& noi
   leader.enter(top, C(0), noise.word(top));
   return race<C>(
       law.V, noise, leader, [&](int64_t v) { return -law.distance(v); },
-      [&](int64_t v) { return detail::to_float(law.distance(std::true_type{}, v)) * -detail::kLog2E; });
+      [&](int64_t v, const Lanes<float>& word, float reach) {
+        const auto d = detail::to_float(law.distance(std::true_type{}, v));
+        const auto log2_word = __builtin_convertvector((detail::LogBits)word, Lanes<float>) * 0x1p-23f;
+        return log2_word + d * detail::kLog2E < reach + (127 + 32);
+      });
 }
 
 // One id of weights that need not add up to 1; `sum`, their sum, is positive.
@@ -186,13 +198,17 @@ FD_ROW int64_t draw(const Weights<C>& w, double sum, std::optional<double> unifo
   const C* weight = w.weight;
   auto key = [weight](int64_t j) { return log_(weight[j]); };
   if (w.ids) return race_listed<C>(w.ids, w.count, noise, key);
+  // the largest first: what it draws rules out most others
+  const int64_t top = detail::argmax(weight, w.count);
+  detail::Leader<C> leader;
+  leader.enter(top, key(top), noise.word(top));
   // float has less range than double: relative to the largest, no weight that could win underflows
-  C top = 0;
-  for (int64_t v = 0; v < w.count; ++v) top = weight[v] > top ? weight[v] : top;
-  const auto at_top = static_cast<float>(log_(top)) * detail::kLog2E;
-  const C scale = C(1) / top;
-  return race<C>(w.count, noise, {}, key, [=](int64_t v) {
-    return detail::log2_above(detail::to_float(load_lanes(weight + v) * scale)) + at_top;
+  const auto at_top = static_cast<float>(key(top)) * detail::kLog2E;
+  const C scale = C(1) / weight[top];
+  return race<C>(w.count, noise, leader, key, [=](int64_t v, const Lanes<float>& word, float reach) {
+    const auto relative = (detail::LogBits)detail::to_float(load_lanes(weight + v) * scale);
+    const float most = std::min(reach + at_top + (32 + detail::kMostBelow), 250.0f);
+    return (detail::LogBits)word - relative < static_cast<int32_t>(most * 0x1p23f);
   });
 }
 

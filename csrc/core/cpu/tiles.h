@@ -84,12 +84,13 @@ class TileSum {
   Lanes<C> lane_[kVectors];
 };
 
-// body(place, i) for all i < n <= kTile: for sixteen neighbours i .. i + 15 where place.wide, else for one.
-template <class Body>
+// body(place, i) for all i < n <= kTile: for sixteen neighbours i .. i + 15 where place.wide, else for one. In rising
+// order; or, for a tile that is in the cache already, lane by lane, so that sums stay in registers.
+template <bool kCached = false, class Body>
 FD_INLINE void for_tile(int64_t n, const Body& body) {
   constexpr int64_t kVectors = kLanes / kWide;
   int64_t i = 0;
-  if (n == kTile) {  // lane by lane, so that sums stay in registers
+  if (kCached && n == kTile) {
     for (int64_t at = 0; at < kVectors; ++at) {
       body(Place<true, true>{at}, at * kWide);
       for (i = kLanes; i < kTile; i += kLanes) body(Place<true, false>{at}, at * kWide + i);

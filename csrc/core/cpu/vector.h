@@ -161,6 +161,9 @@ FD_INLINE C largest(Lanes<C> v) {
 // Whether any bit is set.
 template <class Bits>
 FD_INLINE bool any_bit(const Bits& bits) {
+#if FD_CPU_LEVEL >= 4
+  if constexpr (sizeof(Bits) == 64) return _mm512_test_epi64_mask((__m512i)bits, (__m512i)bits) != 0;
+#endif
   uint64_t words[sizeof(Bits) / 8];
   std::memcpy(words, &bits, sizeof(bits));
   uint64_t all = 0;
