@@ -89,7 +89,7 @@ class Timing:
     @property
     def undisturbed(self) -> bool:
         """Whether the threads got the processors they asked for; serial parts ask for one."""
-        return self.cores > GATE * max(1.0, min(self.threads, self.cores + (self.waited or 0.0)))
+        return self.cores > GATE * max(1.0, self.cores + (self.waited or 0.0))
 
     @property
     def parallel(self) -> bool:

@@ -93,6 +93,8 @@ def test_the_gate(harness):
     assert not timing(harness, threads=2, cores=1.4, waited=0.6).undisturbed
     assert not timing(harness, threads=1, cores=0.8).undisturbed
     assert timing(harness, threads=1, cores=0.97, waited=0.02).undisturbed
+    # a thread of an earlier sample that still spins does not make up for waiting
+    assert not timing(harness, threads=1, cores=1.14, waited=1.3).undisturbed
     # where the kernel does not count waiting
     assert timing(harness, threads=2, cores=1.4, waited=None).undisturbed
 
