@@ -197,7 +197,7 @@ Key<C> falling_key(C x) {
   return bits & kSign ? bits : ~bits & (kSign - 1);
 }
 
-inline constexpr int kDigit = 11;  // bits of a radix digit
+inline constexpr int kDigit = 11;  // most bits of a radix digit
 
 // Keeps entries with key < threshold, and the first `ties` with key == threshold.
 template <class C>
@@ -214,7 +214,8 @@ Cut<C> radix_select(int64_t count, uint32_t* members, uint64_t target, const Key
   uint64_t before = 0;
   bool listed = false;  // members holds the entries that are still in question; before that, all are
   for (int high = 8 * sizeof(C); high > 0;) {
-    const int shift = std::max(0, high - kDigit);
+    const int bits = count < 2048 ? 8 : kDigit;  // few entries: clearing and walking the bins is most of the work
+    const int shift = std::max(0, high - bits);
     const Key<C> mask = static_cast<Key<C>>((uint64_t{1} << (high - shift)) - 1);
     std::fill(bins, bins + mask + 1, uint64_t{0});
     auto digit = [&](uint32_t j) { return key(j) >> shift & mask; };
@@ -358,14 +359,15 @@ class Law {
       weigh();
     }
     if (p) {
-      const uint64_t target = share(f.top_p, row_mass > 0 ? row_mass : list_mass());
+      uint64_t mass = listed_ ? list_mass() : 0;
+      const uint64_t target = share(f.top_p, row_mass > 0 ? row_mass : mass);
       // the list has to hold the nucleus; most of the time that lies near the top
       for (const C limit : {C(4), C(6), C(8), C(11), C(15), C(21), kEverywhere}) {
-        if (k || (listed_ && list_mass() >= target)) break;
+        if (k || mass >= target) break;
         gather(limit);
-        weigh();
+        mass = weigh();
       }
-      if (list_mass() >= target) keep(by(s.distance), target, mass());
+      if (mass >= target) keep(by(s.distance), target, fixed());
     }
     if (f.min_p > 0.0f) {
       const C least = std::min(static_cast<C>(f.min_p), C(1));  // the most likely id always stays
@@ -384,14 +386,14 @@ class Law {
       const auto mean = static_cast<C>(moment / sum_of(weights()));
       // |-log p - entropy|: the normaliser cancels
       for (int64_t j = 0; j < count_; ++j) s.other[j] = d[j] > mean ? d[j] - mean : mean - d[j];
-      keep(by(s.other), share(f.typical_p, list_mass()), mass());
+      keep(by(s.other), share(f.typical_p, list_mass()), fixed());
     }
   }
 
   static auto by(const C* distance) {
     return [distance](int64_t j) { return detail::rising_key(distance[j]); };
   }
-  auto mass() const {
+  auto fixed() const {
     return [weight = s.weight](int64_t j) { return fixed_mass(weight[j]); };
   }
 
@@ -417,14 +419,16 @@ class Law {
     return total;
   }
 
-  FD_ROW uint64_t list_mass() const {
+  uint64_t list_mass() const {
     uint64_t mass = 0;
     for (int64_t j = 0; j < count_; ++j) mass += fixed_mass(s.weight[j]);
     return mass;
   }
 
-  FD_ROW void weigh() {
+  // Weights of the listed ids, and their mass.
+  FD_ROW uint64_t weigh() {
     for (int64_t j = 0; j < count_; ++j) s.weight[j] = exp_minus(s.distance[j]);
+    return list_mass();
   }
 
   // A distance within which there are at least min(k, finite) ids, from the first digit of the blocks' distances.
