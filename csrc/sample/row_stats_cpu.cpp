@@ -25,11 +25,10 @@ struct TileStats {
 };
 
 // `before`: of tiles with smaller ids. The second largest and the argmax of a tile that cannot change it are left out.
-template <class T, class C = Compute<T>>
-TileStats tile_stats(const T* logits, int64_t start, int64_t n, const TopTwo& before) {
+template <class C>
+TileStats tile_stats(const C* x, int64_t start, int64_t n, const TopTwo& before) {
   C block_max[kTile / kBlock], max;
   TileStats stats;
-  const T* x = logits + start;
   stats.good = detail::scan(x, n, block_max, max);
   stats.top.max = static_cast<double>(max);
   if (!stats.good || max == -kInf<C>) return stats;
@@ -38,10 +37,10 @@ TileStats tile_stats(const T* logits, int64_t start, int64_t n, const TopTwo& be
     int64_t best = 0;
     while (block_max[best] != max) ++best;
     int64_t at = best * kBlock;
-    while (load(x[at]) != max) ++at;
+    while (x[at] != max) ++at;
     C second = -kInf<C>;
     for (int64_t i = best * kBlock; i < std::min(n, (best + 1) * kBlock); ++i) {
-      const C other = i == at ? -kInf<C> : load(x[i]);
+      const C other = i == at ? -kInf<C> : x[i];
       second = other > second ? other : second;
     }
     for (int64_t g = 0; g < num_blocks(n); ++g) second = g != best && block_max[g] > second ? block_max[g] : second;
@@ -107,7 +106,14 @@ void run(const RowStatsArgs& a, const Exec& ex) {
     const T* logits = static_cast<const T*>(a.logits) + r / a.rows * a.batch_stride + r % a.rows * a.row_stride;
     TopTwo before;
     for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
-      all[r * tiles + t] = tile_stats(logits, t * kTile, std::min(kTile, V - t * kTile), before);
+      const int64_t start = t * kTile, n = std::min(kTile, V - start);
+      if constexpr (std::is_same_v<T, C>) {
+        all[r * tiles + t] = tile_stats(logits + start, start, n, before);
+      } else {
+        alignas(64) C x[kTile];  // widened once for the two passes over a tile
+        for_lanes(0, n, [&](auto wide, int64_t i) { put(wide, x + i, take(wide, logits + start + i)); });
+        all[r * tiles + t] = tile_stats(x, start, n, before);
+      }
       before.enter(all[r * tiles + t].top);
     }
     if (parts > 1) return;
