@@ -5,55 +5,12 @@ import pytest
 import torch
 
 import fastdecode
+from chain_inputs import FILTERS, MARGIN, compare, random_inputs, uniforms
 from fastdecode.testing import chi_square_z
 from fastdecode.testing.reference import rng
 from fastdecode.testing.reference import verify as reference
 from support import DTYPES, assert_same, check_op, compute_dtype, generator, raises, same_bits, views
 
-# Decisions closer than this may turn with the rounding of the compute dtype (softmax, p - q, log).
-MARGIN = {torch.float64: 1e-5, torch.float32: 1e-4}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Against the reference, draw by draw
-
-
-def compare(got, want: reference.Verified, tolerance: float, what: str = "") -> int:
-    """Exact, but for requests with a decision within `tolerance` of a tie; returns how many those were."""
-    assert [o.dtype for o in got] == [torch.int64, torch.int32, torch.int32, torch.int32]
-    clear = want.margin > tolerance
-    for name in ("tokens", "num_accepted", "num_emitted", "status"):
-        np.testing.assert_array_equal(getattr(got, name).numpy()[clear], getattr(want, name)[clear], f"{what} {name}")
-    return int((~clear).sum())
-
-
-def random_inputs(batch: int, longest: int, vocab_size: int, dtype: torch.dtype, seed: int) -> dict:
-    """Drafts from a drafter that is a noisy copy of the target, so that acceptance is neither rare nor certain."""
-    g = generator(seed, batch, longest, vocab_size)
-    logits = (2 * torch.randn(batch, longest + 1, vocab_size, generator=g, dtype=torch.float64)).to(dtype)
-    noise = torch.randn(batch, longest, vocab_size, generator=g, dtype=torch.float64)
-    draft_probs = torch.softmax(logits[:, :longest].double() + 0.7 * noise, -1)
-    flat = draft_probs.reshape(-1, vocab_size)
-    tokens = (torch.multinomial(flat, 1, generator=g) if flat.numel() else torch.zeros(0, 1)).reshape(batch, longest)
-    work = compute_dtype(dtype)
-    full = torch.iinfo(torch.int64)
-    return {
-        "draft_tokens": tokens.to(torch.int64),
-        "draft_probs": draft_probs.to(dtype),
-        "target_logits": logits,
-        "target_probs": torch.softmax(logits.to(work), -1).to(dtype),
-        "draft_lens": torch.randint(longest + 1, (batch,), generator=g, dtype=torch.int32).clamp(min=longest // 2),
-        "uniforms": torch.rand(batch, longest + 1, generator=g, dtype=torch.float64),
-        "seed": torch.randint(full.min, full.max, (batch,), generator=g),
-        "offset": torch.randint(2**40, (batch,), generator=g),
-        "temperature": torch.rand(batch, generator=g) + 0.4,
-        "top_k": torch.randint(vocab_size + 2, (batch,), generator=g, dtype=torch.int32),
-        "top_p": 0.5 + torch.rand(batch, generator=g),
-        "min_p": 0.1 * torch.rand(batch, generator=g) - 0.03,
-    }
-
-
-FILTERS = ("temperature", "top_k", "top_p", "min_p")
 MODES = {
     "probs": ("target_probs", "draft_probs", "draft_lens"),
     "probs, one-hot draft": ("target_probs", "draft_lens"),
@@ -146,10 +103,6 @@ def test_seeded_ratio_law_by_chi_square(ops):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Edge cases of the contract
-
-
-def uniforms(*rows: list[float]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def test_acceptance_is_strict(ops):
