@@ -60,9 +60,9 @@ class Target:
             if name in made:
                 made[name] = made[name].expand(len(prefixes), -1)
         if self.masks is not None:
-            words = torch.tensor(self.masks, dtype=torch.int32)[:, None]
-            shape = (len(prefixes), len(self.masks), 1)
-            made["bitmask"] = words.expand(shape) if len(self.masks) > 1 else words.expand(len(prefixes), 1)
+            words = torch.tensor(self.masks[: table.shape[1]], dtype=torch.int32)[:, None]
+            shape = (len(prefixes), 1) if len(self.masks) == 1 else (len(prefixes), *words.shape)
+            made["bitmask"] = words.expand(shape)
         return made
 
 
