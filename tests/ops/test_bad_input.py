@@ -7,13 +7,15 @@ import torch
 
 from support import raises
 
-B, K, V = 3, 2, 6
+B, K, V = 3, 2, 40
+W, V_DRAFT = 2, 9  # words of a mask; ids of a draft vocabulary
 I32, F32, F64 = torch.int32, torch.float32, torch.float64
 
 LOGITS = torch.zeros(B, V)
 SEEDS = {"seed": torch.zeros(B, dtype=torch.int64), "offset": torch.zeros(B, dtype=torch.int64)}
 GOOD: dict[str, dict] = {
     "row_stats": {"logits": LOGITS},
+    "topk_logits": {"logits": LOGITS, "k": 2},
     "target_probs": {"logits": LOGITS},
     "sample": {"logits": LOGITS, **SEEDS},
     "token_logprobs": {"logits": LOGITS, "tokens": torch.zeros(B, dtype=torch.int64), "filtered": True},
@@ -57,11 +59,14 @@ FILTER_TENSORS = {
     "top_k": ((B,), I32),
     "top_p": ((B,), F32),
     "min_p": ((B,), F32),
+    "typical_p": ((B,), F32),
     "bias": ((B, V), F32),
+    "bitmask": ((B, W), I32),
 }
 ACTIVE = {"active": ((B,), torch.bool)}
 TENSORS: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
     "row_stats": ACTIVE,
+    "topk_logits": ACTIVE,
     "target_probs": FILTER_TENSORS | ACTIVE,
     "sample": FILTER_TENSORS | ACTIVE | {"seed": ((B,), torch.int64), "offset": ((B,), torch.int64)},
     "token_logprobs": FILTER_TENSORS | ACTIVE | {"tokens": ((B,), torch.int64)},
@@ -98,7 +103,59 @@ def test_wrong_tensor_is_named(ops, op, argument, what, value):
         getattr(ops, op)(**{**GOOD[op], argument: value})
 
 
-@pytest.mark.parametrize("op", ["row_stats", "target_probs", "sample", "token_logprobs"])
+FLAT = {  # flat rows: R of them for B requests
+    "target_probs": {"logits": torch.zeros(7, V), "row_start": torch.zeros(B + 1, dtype=I32)},
+    "token_logprobs": {
+        "logits": torch.zeros(7, V),
+        "tokens": torch.zeros(7, dtype=torch.int64),
+        "row_start": torch.zeros(B + 1, dtype=I32),
+        "filtered": True,
+    },
+    "verify_chain": {
+        "draft_tokens": torch.zeros(B, K, dtype=torch.int64),
+        "target_logits": torch.zeros(7, V),
+        "row_start": torch.zeros(B + 1, dtype=I32),
+        **SEEDS,
+    },
+}
+FLAT_TENSORS = FILTER_TENSORS | ACTIVE | {"row_start": ((B + 1,), I32), "bitmask": ((7, W), I32)}
+FLAT_TABLE = [
+    (op, argument, what, value)
+    for op in FLAT
+    for argument, (shape, dtype) in FLAT_TENSORS.items()
+    for what, value in wrong_tensors(shape, dtype)
+    # The number of requests is read off row_start: of another size, it is the others that are wrong.
+    if not (argument == "row_start" and what == "first size" and op != "verify_chain")
+]
+
+
+@pytest.mark.parametrize("op, argument, what, value", FLAT_TABLE, ids=[f"{o}-{a}-{w}" for o, a, w, _ in FLAT_TABLE])
+def test_wrong_tensor_beside_flat_rows_is_named(ops, op, argument, what, value):
+    with raises(f"^{op}: {argument}: expected .*got "):
+        getattr(ops, op)(**{**FLAT[op], argument: value})
+
+
+RULES = {
+    "typical": {"eps": ((B,), F32), "delta": ((B,), F32)},
+    "top_beta": {"beta": ((B,), I32), "tau": ((B,), F32)},
+}
+RULE_TABLE = [
+    (rule, argument, what, value)
+    for rule, arguments in RULES.items()
+    for argument, (shape, dtype) in arguments.items()
+    for what, value in wrong_tensors(shape, dtype)
+]
+
+
+@pytest.mark.parametrize("rule, argument, what, value", RULE_TABLE, ids=[f"{a}-{w}" for _, a, w, _ in RULE_TABLE])
+def test_wrong_parameter_of_a_rule_is_named(ops, rule, argument, what, value):
+    good = {k: v for k, v in GOOD["verify_chain"].items() if k not in SEEDS} | {"rule": rule}
+    ops.verify_chain(**good)
+    with raises(f"^verify_chain: {argument}: expected .*got "):
+        ops.verify_chain(**good, **{argument: value})
+
+
+@pytest.mark.parametrize("op", ["row_stats", "topk_logits", "target_probs", "sample", "token_logprobs"])
 @pytest.mark.parametrize(
     "logits",
     [
@@ -144,6 +201,59 @@ OTHERS = [
     ("verify_chain", {"rule": 7}, "rule"),
     ("verify_chain", {"rule": "lucky"}, "rule"),
     ("verify_chain", {"rule": "coupled", "draft_probs": torch.zeros(B, K, V)}, "draft_probs"),
+    ("topk_logits", {"k": 0}, "k"),
+    ("topk_logits", {"k": V + 1}, "k"),
+    ("sample", {"order": "p_then_k"}, "order"),
+    ("sample", {"order": 2}, "order"),
+    ("sample", {"order": 0.0}, "order"),
+    ("sample", {"bitmask": torch.zeros(B, 1, W, dtype=I32)}, "bitmask"),
+    ("target_probs", {"bitmask": torch.zeros(B, 1, W, dtype=I32)}, "bitmask"),
+    ("target_probs", {"logits": torch.zeros(B, 2, V), "bitmask": torch.zeros(B, 3, W, dtype=I32)}, "bitmask"),
+    ("target_probs", {"logits": torch.zeros(B, 2, V), "row_start": torch.zeros(B + 1, dtype=I32)}, "logits"),
+    ("token_logprobs", {"filtered": False, "bitmask": torch.zeros(B, W, dtype=I32)}, "bitmask|filtered"),
+    ("token_logprobs", {"filtered": False, "typical_p": 0.5}, "typical_p|filtered"),
+    ("token_logprobs", {"filtered": False, "order": "joint"}, "order|filtered"),
+    ("token_logprobs", {"row_start": torch.zeros(2, dtype=I32), "tokens": BANS[:, 0][:2]}, "tokens"),
+    ("verify_chain", {"bitmask": torch.zeros(B, K, W, dtype=I32)}, "bitmask"),
+    ("verify_chain", {"row_start": torch.zeros(B + 1, dtype=I32)}, "target_logits"),
+    ("verify_chain", {"target_logits": torch.zeros(7, V)}, "target_logits"),
+    ("verify_chain", {"draft_to_target": torch.zeros(V_DRAFT, dtype=I32)}, "draft_to_target"),
+    ("verify_chain", {"draft_to_target": torch.zeros(1, V_DRAFT, dtype=torch.int64)}, "draft_to_target"),
+    (
+        "verify_chain",
+        {"draft_to_target": torch.zeros(V_DRAFT, dtype=torch.int64), "draft_probs": torch.zeros(B, K, V)},
+        "draft_probs|draft_to_target",
+    ),
+    ("verify_chain", {"eps": 0.1}, "eps"),
+    ("verify_chain", {"delta": 0.1}, "delta"),
+    ("verify_chain", {"bonus": "sample"}, "bonus"),
+    ("verify_chain", {"bonus": "both"}, "bonus"),
+    ("verify_chain", {"beta": 2}, "beta"),
+    ("verify_chain", {"tau": 0.1}, "tau"),
+    ("verify_chain", {"rule": "typical"}, "seed"),
+    ("verify_chain", {"rule": "typical", "seed": None, "offset": None, "bonus": "sample"}, "uniforms, seed"),
+    ("verify_chain", {"rule": "typical", "bonus": "sample", "draft_probs": torch.zeros(B, K, V)}, "draft_probs"),
+    ("verify_chain", {"rule": "top_beta"}, "seed"),
+    ("verify_chain", {"rule": "top_beta", "seed": None, "offset": None, "temperature": 0.5}, ".*temperature"),
+    ("verify_chain", {"rule": "top_beta", "seed": None, "offset": None, "typical_p": 0.5}, ".*typical_p"),
+    ("verify_chain", {"rule": "top_beta", "seed": None, "offset": None, "order": "joint"}, ".*order"),
+    (
+        "verify_chain",
+        {
+            "rule": "top_beta",
+            "seed": None,
+            "offset": None,
+            "target_logits": None,
+            "target_probs": torch.zeros(B, K + 1, V),
+        },
+        "target_.*",
+    ),
+    ("verify_chain", {"target_logits": None, "target_probs": torch.zeros(B, K + 1, V), "typical_p": 0.5}, "target_.*"),
+    (
+        "verify_chain",
+        {"target_logits": None, "target_probs": torch.zeros(B, K + 1, V), "bitmask": torch.zeros(B, W, dtype=I32)},
+        "target_.*",
+    ),
     ("commit", {"tokens": torch.zeros(B, dtype=torch.int64)}, "tokens"),
     ("commit", {"tokens": torch.zeros(B, K + 1, dtype=I32)}, "tokens"),
     ("commit", {"stop_ids": torch.zeros(B + 1, 1, dtype=torch.int64)}, "stop_ids"),
@@ -158,7 +268,7 @@ def test_wrong_combination_is_named(ops, op, change, argument):
 
 
 def test_the_good_calls_are_good(ops):
-    for op, arguments in GOOD.items():
+    for op, arguments in [*GOOD.items(), *FLAT.items()]:
         getattr(ops, op)(**arguments)
 
 
