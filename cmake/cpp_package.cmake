@@ -1,6 +1,6 @@
 # fastdecode::cpu, the kernels as a C++ library that needs neither torch nor Python:
-#   find_package(fastdecode)  or  add_subdirectory / FetchContent with FASTDECODE_TORCH=OFF,
-#   target_link_libraries(... fastdecode::cpu)  and  #include <fastdecode/sample/sample.h>.
+#   find_package(fastdecode), or add_subdirectory or FetchContent of this repository;
+#   target_link_libraries(... fastdecode::cpu); #include <fastdecode/sample/sample.h>.
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 
