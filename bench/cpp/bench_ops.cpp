@@ -239,6 +239,7 @@ void verify_chain(State& state, bool from_probs, bool accepted) {
                        .batch = batch,
                        .K = K,
                        .vocab_size = vocab_size,
+                       .draft_vocab_size = vocab_size,
                        .draft_stride = K,
                        .draft_prob_stride = K * vocab_size,
                        .draft_prob_row_stride = vocab_size,

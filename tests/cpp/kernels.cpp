@@ -13,6 +13,7 @@
 #include <fastdecode/sample/sample.h>
 #include <fastdecode/sample/target_probs.h>
 #include <fastdecode/sample/token_logprobs.h>
+#include <fastdecode/sample/topk_logits.h>
 #include <fastdecode/verify/commit.h>
 #include <fastdecode/verify/verify_chain.h>
 #include <fastdecode/verify/verify_chain_greedy.h>
@@ -24,6 +25,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <thread>
@@ -165,16 +167,36 @@ struct Active {
   }
 };
 
-// Every filter, with values at and past its limits.
+// Where each request's rows begin among `total` flat ones: uneven, some of nobody; or, in every third case, nonsense.
+std::vector<int32_t> make_row_start(const Case& c, int64_t total) {
+  std::vector<int32_t> starts{1};
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int64_t next = starts.back() + (b % 4 == 3 ? 0 : c.rows + b % 2);
+    starts.push_back(static_cast<int32_t>(std::min(next, std::max<int64_t>(total, 1))));
+  }
+  if (c.vocab_size % 3 == 0)
+    for (size_t i = 0; i < starts.size(); ++i) starts[i] = i % 2 ? -5 : std::numeric_limits<int32_t>::max();
+  return starts;
+}
+
+// The same number of rows, as [batch * rows, vocab_size].
+Case flatten(Case c) {
+  c.batch *= c.rows;
+  c.rows = 1;
+  return c;
+}
+
+// Filters with values at and past their limits. `given` 0: none; 1: cuts; 2: bias and bans, too; 3: all.
 struct Filters {
-  std::vector<float> temperature, top_p, min_p;
+  std::vector<float> temperature, top_p, min_p, typical_p;
   std::vector<int32_t> top_k;
   std::vector<int64_t> offset, seed;
   Table<float> bias;
   Table<int64_t> bans, min_lengths;
+  Table<int32_t> bitmask;
   FilterArgs args;
 
-  explicit Filters(const Case& c)
+  Filters(const Case& c, int given, int64_t rows = 1, bool flat = false)
       : bias(make_table<float>(c, c.vocab_size, [](int64_t b, int64_t v) { return (b + v) % 9 ? 0.5 : -kInf; })),
         bans(make_table<int64_t>(c, 3,
                                  [&](int64_t b, int64_t i) { return i == 2 ? -1 : (b + i) % (c.vocab_size + 1); })),
@@ -184,17 +206,27 @@ struct Filters {
       top_k.push_back(std::vector<int32_t>{0, 50, 1, -3, 1 << 30}[b % 5]);
       top_p.push_back(std::vector<float>{0.9f, 1.0f, 0.0f, 1e-6f, 0.5f}[(b + 1) % 5]);
       min_p.push_back(std::vector<float>{0.0f, 0.1f, 1.0f, 2.0f}[(b / 2) % 4]);
+      typical_p.push_back(std::vector<float>{0.9f, 1.0f, 0.0f, 0.2f}[(b / 3) % 4]);
       offset.push_back(b % 3 ? b : std::numeric_limits<int64_t>::max() - 64);
       seed.push_back(b % 3 ? b : -1);
     }
     args.offset = offset.data();
-    if (c.variant < 2) return;
+    if (given == 0) return;
     args.temperature = temperature.data(), args.top_k = top_k.data();
     args.top_p = top_p.data(), args.min_p = min_p.data();
-    if (c.variant < 4) return;
+    if (given == 1) return;
     args.bias = bias.data.data(), args.bias_stride = bias.stride;
     args.ban_ids = bans.data.data(), args.num_bans = 3, args.ban_stride = bans.stride;
     args.min_lengths = min_lengths.data.data(), args.min_length_stride = min_lengths.stride;
+    if (given == 2) return;
+    args.typical_p = typical_p.data(), args.order = kOrderJoint;
+    const int64_t words = (c.vocab_size + 31) / 32, masks = flat ? 1 : rows;
+    Random random{14};
+    bitmask = make_table<int32_t>(flat ? flatten({c.batch, rows, 1, c.dtype, 0, c.strided}) : c, masks * words,
+                                  [&](int64_t, int64_t) { return static_cast<int32_t>(random.next()); });
+    args.bitmask = bitmask.data.data();
+    (flat ? args.bitmask_flat_stride : args.bitmask_stride) = bitmask.stride;
+    if (!flat) args.bitmask_row_stride = words;
   }
 };
 
@@ -315,21 +347,49 @@ Bytes run_apply_token_bitmask(const Case& c, const Exec& exec) {
   return changed;
 }
 
-Bytes run_target_probs(const Case& c, const Exec& exec) {
-  const Rows logits = make_rows(c, c.rows, c.dtype, 2, false);
+Bytes run_topk_logits(const Case& c, const Exec& exec) {
+  const Rows logits = make_rows(c, c.rows, c.dtype, 15, false);
   const Active active(c);
-  const Filters filters(c);
+  const int64_t rows = c.batch * c.rows,
+                k = std::min<int64_t>(c.vocab_size, std::vector<int64_t>{1, 5, 300, 1 << 20}[c.variant]);
+  Outputs out(c.before);
+  TopkLogitsArgs args{.logits = logits.data.data(),
+                      .active = active.data,
+                      .values = out.add_bytes(rows * k * size_of(compute(c.dtype))),
+                      .ids = out.add<int64_t>(rows * k),
+                      .status = out.add<int32_t>(rows),
+                      .batch = c.batch,
+                      .rows = c.rows,
+                      .vocab_size = c.vocab_size,
+                      .k = k,
+                      .batch_stride = logits.batch_stride,
+                      .row_stride = logits.row_stride,
+                      .dtype = c.dtype};
+  Bytes scratch(topk_logits_scratch_bytes(args, exec));
+  args.scratch = scratch.data();
+  cpu::topk_logits(args, exec);
+  return out.all();
+}
+
+Bytes run_target_probs(const Case& c, const Exec& exec) {
+  const bool flat = c.variant > 3;
+  const int64_t rows = c.batch * c.rows;
+  const Rows logits = flat ? make_rows(flatten(c), 1, c.dtype, 2, false) : make_rows(c, c.rows, c.dtype, 2, false);
+  const std::vector<int32_t> row_start = make_row_start(c, rows);
+  const Active active(c);
+  const Filters filters(c, c.variant % 4, c.rows, flat);
   Outputs out(c.before);
   TargetProbsArgs args{.logits = logits.data.data(),
+                       .row_start = flat ? row_start.data() : nullptr,
                        .filters = filters.args,
                        .active = active.data,
-                       .probs = out.add_bytes(c.batch * c.rows * c.vocab_size * size_of(compute(c.dtype))),
-                       .status = out.add<int32_t>(c.batch * c.rows),
+                       .probs = out.add_bytes(rows * c.vocab_size * size_of(compute(c.dtype))),
+                       .status = out.add<int32_t>(rows),
                        .batch = c.batch,
-                       .rows = c.rows,
+                       .rows = flat ? rows : c.rows,
                        .vocab_size = c.vocab_size,
-                       .batch_stride = logits.batch_stride,
-                       .row_stride = logits.row_stride,
+                       .batch_stride = flat ? 0 : logits.batch_stride,
+                       .row_stride = flat ? logits.batch_stride : logits.row_stride,
                        .dtype = c.dtype};
   Bytes scratch(target_probs_scratch_bytes(args, exec));
   args.scratch = scratch.data();
@@ -340,10 +400,10 @@ Bytes run_target_probs(const Case& c, const Exec& exec) {
 Bytes run_sample(const Case& c, const Exec& exec) {
   const Rows logits = make_rows(c, 1, c.dtype, 3, false);
   const Active active(c);
-  const Filters filters(c);
+  const Filters filters(c, c.variant % 4);
   const auto uniforms = make_table<double>(c, 1, uniform);
   RandomArgs random{.seed = filters.seed.data(), .offset = filters.offset.data()};
-  if (c.variant == 3) random = {.uniforms = uniforms.data.data(), .uniform_stride = uniforms.stride};
+  if (c.variant > 3) random = {.uniforms = uniforms.data.data(), .uniform_stride = uniforms.stride};
   Outputs out(c.before);
   SampleArgs args{.logits = logits.data.data(),
                   .filters = filters.args,
@@ -364,16 +424,21 @@ Bytes run_sample(const Case& c, const Exec& exec) {
 }
 
 Bytes run_token_logprobs(const Case& c, const Exec& exec) {
-  const Rows logits = make_rows(c, c.rows, c.dtype, 4, false);
+  const bool flat = c.variant > 3;
+  const Rows logits = flat ? make_rows(flatten(c), 1, c.dtype, 4, false) : make_rows(c, c.rows, c.dtype, 4, false);
   const int64_t V = c.vocab_size, rows = c.batch * c.rows, bytes = size_of(compute(c.dtype));
-  const auto tokens = make_table<int64_t>(
-      c, c.rows, [=](int64_t b, int64_t i) { return std::vector<int64_t>{V - 1, -1, 0, V, -2}[(b + i) % 5]; });
-  const int64_t top = std::min<int64_t>(V, std::vector<int64_t>{0, 1, 5}[c.variant % 3]);
+  const std::vector<int32_t> row_start = make_row_start(c, rows);
+  const auto token = [=](int64_t b, int64_t i) { return std::vector<int64_t>{V - 1, -1, 0, V, -2}[(b + i) % 5]; };
+  Case one = c;
+  one.batch = 1, one.strided = false;
+  const auto tokens = flat ? make_table<int64_t>(one, rows, token) : make_table<int64_t>(c, c.rows, token);
+  const int64_t top = std::min<int64_t>(V, std::vector<int64_t>{0, 1, 5, 300}[c.variant % 4]);
   const Active active(c);
-  const Filters filters(c);
+  const Filters filters(c, (c.variant + 1) % 4, c.rows, flat);
   Outputs out(c.before);
   TokenLogprobsArgs args{.logits = logits.data.data(),
                          .tokens = tokens.data.data(),
+                         .row_start = flat ? row_start.data() : nullptr,
                          .filters = filters.args,
                          .active = active.data,
                          .logprobs = out.add_bytes(rows * bytes),
@@ -381,12 +446,12 @@ Bytes run_token_logprobs(const Case& c, const Exec& exec) {
                          .top_logprobs = out.add_bytes(rows * top * bytes),
                          .status = out.add<int32_t>(rows),
                          .batch = c.batch,
-                         .rows = c.rows,
+                         .rows = flat ? rows : c.rows,
                          .vocab_size = V,
                          .top = top,
-                         .batch_stride = logits.batch_stride,
-                         .row_stride = logits.row_stride,
-                         .token_stride = tokens.stride,
+                         .batch_stride = flat ? 0 : logits.batch_stride,
+                         .row_stride = flat ? logits.batch_stride : logits.row_stride,
+                         .token_stride = flat ? 1 : tokens.stride,
                          .dtype = c.dtype};
   Bytes scratch(token_logprobs_scratch_bytes(args, exec));
   args.scratch = scratch.data();
@@ -394,35 +459,76 @@ Bytes run_token_logprobs(const Case& c, const Exec& exec) {
   return out.all();
 }
 
+struct Verification {
+  Rule rule;
+  bool from_probs = false, drafted = false, uniforms = false;
+  int filters = 0;
+  bool flat = false, mapped = false;  // ragged rows; a vocabulary of the drafter's own
+  Bonus bonus = kBonusGreedy;
+};
+
+constexpr Verification kVerifications[] = {
+    {.rule = kRuleRatio, .drafted = true, .filters = 1},
+    {.rule = kRuleRatio, .from_probs = true, .drafted = true, .uniforms = true},
+    {.rule = kRuleRatio, .from_probs = true, .flat = true},
+    {.rule = kRuleRatio, .drafted = true, .uniforms = true, .filters = 3, .flat = true, .mapped = true},
+    {.rule = kRuleRatio, .filters = 2},
+    {.rule = kRuleCoupled, .filters = 3},
+    {.rule = kRuleCoupled, .uniforms = true, .flat = true, .mapped = true},
+    {.rule = kRuleBlock, .from_probs = true, .drafted = true, .uniforms = true},
+    {.rule = kRuleBlock, .drafted = true, .filters = 3, .mapped = true},
+    {.rule = kRuleBlock, .uniforms = true, .filters = 1, .flat = true},
+    {.rule = kRuleTypical, .filters = 1, .flat = true},
+    {.rule = kRuleTypical, .from_probs = true, .uniforms = true, .mapped = true, .bonus = kBonusSample},
+    {.rule = kRuleTopBeta},
+    {.rule = kRuleTopBeta, .flat = true, .mapped = true},
+};
+
 Bytes run_verify_chain(const Case& c, const Exec& exec) {
-  const int64_t V = c.vocab_size, K = c.rows - 1;
-  const bool coupled = c.variant == 2, from_probs = c.variant == 1 || c.variant == 3,
-             drafted = !coupled && c.variant != 5;
-  const DType draft_dtype = c.variant == 4 ? compute(c.dtype) : c.dtype;
-  Case dense = c;
+  const Verification& v = kVerifications[c.variant];
+  const int64_t V = c.vocab_size, K = c.rows - 1, draft_V = v.mapped ? V / 2 + 1 : V, rows = c.batch * (K + 1);
+  const DType draft_dtype = c.variant % 2 ? compute(c.dtype) : c.dtype;
+  Case dense = c, drafts = c;
   dense.strided = false;  // draft_lens has no stride
+  drafts.vocab_size = draft_V;
   const auto lens = make_lens(dense, K);
   const auto draft_tokens = make_table<int64_t>(
-      c, K, [=](int64_t b, int64_t i) { return b % 6 == 5 ? (i % 2 ? V : -1) : (7 * b + 3 * i) % V; });
-  const Rows target = make_rows(c, K + 1, c.dtype, 5, from_probs), draft = make_rows(c, K, draft_dtype, 6, true);
-  Case filtered = c;
-  filtered.variant = from_probs ? 0 : c.variant;
-  const Filters filters(filtered);
+      c, K, [=](int64_t b, int64_t i) { return b % 6 == 5 ? (i % 2 ? draft_V : -1) : (7 * b + 3 * i) % draft_V; });
+  std::vector<int64_t> draft_to_target(draft_V);
+  for (int64_t d = 0; d < draft_V; ++d)
+    draft_to_target[d] = d % 5 == 4 ? -1 : d % 11 == 10 ? V : std::min(2 * d, V - 1);
+  const Rows target =
+      v.flat ? make_rows(flatten(c), 1, c.dtype, 5, v.from_probs) : make_rows(c, K + 1, c.dtype, 5, v.from_probs);
+  const Rows draft = make_rows(drafts, K, draft_dtype, 6, true);
+  const std::vector<int32_t> row_start = make_row_start(c, rows);
+  const Filters filters(c, v.filters, K + 1, v.flat);
+  const auto eps = make_table<float>(dense, 1, [](int64_t b, int64_t) { return b % 3 ? 0.09 : 0; });
+  const auto delta = make_table<float>(dense, 1, [](int64_t b, int64_t) { return b % 4 ? 0.3 : 2; });
+  const auto beta = make_table<int32_t>(dense, 1, [=](int64_t b, int64_t) { return b % 4 ? b : V + 1; });
+  const auto tau = make_table<float>(dense, 1, [](int64_t b, int64_t) { return b % 3 ? 1.5 : 0; });
   const Active active(c);
   const auto uniforms = make_table<double>(c, K + 1, uniform);
   RandomArgs random{.seed = filters.seed.data(), .offset = filters.offset.data()};
-  if (c.variant % 2) random = {.uniforms = uniforms.data.data(), .uniform_stride = uniforms.stride};
+  if (v.uniforms) random = {.uniforms = uniforms.data.data(), .uniform_stride = uniforms.stride};
+  const bool typical = v.rule == kRuleTypical, top_beta = v.rule == kRuleTopBeta;
   Outputs out(c.before);
   VerifyChainArgs args{.draft_tokens = draft_tokens.data.data(),
-                       .draft_probs = drafted ? draft.data.data() : nullptr,
-                       .draft_lens = c.variant ? lens.data.data() : nullptr,
+                       .draft_probs = v.drafted ? draft.data.data() : nullptr,
+                       .draft_lens = c.variant % 3 ? lens.data.data() : nullptr,
+                       .draft_to_target = v.mapped ? draft_to_target.data() : nullptr,
                        .target = target.data.data(),
-                       .target_is_probs = from_probs,
-                       .rule = coupled ? kRuleCoupled : kRuleRatio,
+                       .row_start = v.flat ? row_start.data() : nullptr,
+                       .target_is_probs = v.from_probs,
+                       .rule = v.rule,
                        .filters = filters.args,
+                       .eps = typical ? eps.data.data() : nullptr,
+                       .delta = typical ? delta.data.data() : nullptr,
+                       .bonus = v.bonus,
+                       .beta = top_beta ? beta.data.data() : nullptr,
+                       .tau = top_beta ? tau.data.data() : nullptr,
                        .random = random,
                        .active = active.data,
-                       .emit_bonus = c.variant != 4,
+                       .emit_bonus = c.variant % 4 != 3,
                        .tokens = out.add<int64_t>(c.batch * (K + 1)),
                        .num_accepted = out.add<int32_t>(c.batch),
                        .num_emitted = out.add<int32_t>(c.batch),
@@ -430,11 +536,13 @@ Bytes run_verify_chain(const Case& c, const Exec& exec) {
                        .batch = c.batch,
                        .K = K,
                        .vocab_size = V,
+                       .draft_vocab_size = draft_V,
+                       .num_rows = rows,
                        .draft_stride = draft_tokens.stride,
                        .draft_prob_stride = draft.batch_stride,
                        .draft_prob_row_stride = draft.row_stride,
-                       .target_stride = target.batch_stride,
-                       .target_row_stride = target.row_stride,
+                       .target_stride = v.flat ? 0 : target.batch_stride,
+                       .target_row_stride = v.flat ? target.batch_stride : target.row_stride,
                        .dtype = c.dtype,
                        .draft_dtype = draft_dtype};
   Bytes scratch(verify_chain_scratch_bytes(args, exec));
@@ -540,10 +648,11 @@ constexpr Op kOps[] = {
     {"row_stats", run_row_stats, 2},
     {"penalize", run_penalize, 4},
     {"apply_token_bitmask", run_apply_token_bitmask, 4},
-    {"target_probs", run_target_probs, 6},
-    {"sample", run_sample, 6},
-    {"token_logprobs", run_token_logprobs, 6},
-    {"verify_chain", run_verify_chain, 6},
+    {"topk_logits", run_topk_logits, 4},
+    {"target_probs", run_target_probs, 8},
+    {"sample", run_sample, 8},
+    {"token_logprobs", run_token_logprobs, 8},
+    {"verify_chain", run_verify_chain, std::size(kVerifications)},
     {"verify_chain_greedy", run_verify_chain_greedy, 2, true},
     {"commit", run_commit, 4, true},
     {"linear", run_linear, 6, true},
@@ -587,7 +696,8 @@ void check_all() {
         for (const int64_t vocab_size : {1, 2, 63, 64, 65, 2047, 2048, 2049})
           for (const int64_t batch : {0, 1, 9})
             for (const int64_t rows : {1, 3}) runs += check(op, {batch, rows, vocab_size, dtype, variant});
-        runs += check(op, {24, 1, 2049, dtype, variant});  // enough work for three threads
+        runs += check(op, {24, 1, 2049, dtype, variant});  // enough work for three threads, in rows
+        runs += check(op, {1, 1, 50000, dtype, variant});  // and in parts of one row
       }
     std::printf("%s: %d runs\n", op.name, int(runs));
   }
