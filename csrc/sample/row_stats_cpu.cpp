@@ -25,8 +25,9 @@ struct TileStats {
 };
 
 // `before`: of tiles with smaller ids. The second largest and the argmax of a tile that cannot change it are left out.
-template <class C>
-TileStats tile_stats(const C* x, int64_t start, int64_t n, const TopTwo& before) {
+// `next`: the following tile of the row, fetched into the cache while this one is computed.
+template <class T, class C>
+TileStats tile_stats(const C* x, int64_t start, int64_t n, const TopTwo& before, const T* next) {
   C block_max[kTile / kBlock], max;
   TileStats stats;
   stats.good = detail::scan(x, n, block_max, max);
@@ -49,6 +50,8 @@ TileStats tile_stats(const C* x, int64_t start, int64_t n, const TopTwo& before)
   }
   TileSum<C> sum(n), moment(n);
   for_tile<true>(n, [&](auto place, int64_t i) {
+    __builtin_prefetch(next);
+    next += kWide;
     const auto d = max - take(place.wide, x + i);
     const auto e = exp_minus(d);
     sum.add(place, e);
@@ -108,11 +111,11 @@ void run(const RowStatsArgs& a, const Exec& ex) {
     for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
       const int64_t start = t * kTile, n = std::min(kTile, V - start);
       if constexpr (std::is_same_v<T, C>) {
-        all[r * tiles + t] = tile_stats(logits + start, start, n, before);
+        all[r * tiles + t] = tile_stats(logits + start, start, n, before, logits + start + n);
       } else {
         alignas(64) C x[kTile];  // widened once for the two passes over a tile
         for_lanes(0, n, [&](auto wide, int64_t i) { put(wide, x + i, take(wide, logits + start + i)); });
-        all[r * tiles + t] = tile_stats(x, start, n, before);
+        all[r * tiles + t] = tile_stats(x, start, n, before, logits + start + n);
       }
       before.enter(all[r * tiles + t].top);
     }
