@@ -285,8 +285,8 @@ def test_negative_control_lossy_rules_are_lossy(ops, rule):
         assert law_error(emitted, want) > VISIBLE
 
 
-def mutant_error(namespace: str) -> float:
-    """The law test on the op of another torch namespace; run inside the process that loaded the mutant library."""
+def mutant_errors(namespace: str) -> list[float]:
+    """Per rule: the law test on the op of another torch namespace, run in the process that loaded the mutant."""
     from fastdecode.ops import verify as module
 
     class Redirected:
@@ -301,25 +301,35 @@ def mutant_error(namespace: str) -> float:
 
     original, module.torch = module.torch, Torch()
     try:
-        return max(
-            chain_law.speculative_error(module.verify_chain, TARGETS[name], Drafter(seed=1003))
-            for name in ("probs", "logits")
-        )
+        return [
+            max(
+                chain_law.speculative_error(module.verify_chain, TARGETS[name], Drafter(seed=1003), rule=rule)
+                for name in ("probs", "logits")
+            )
+            for rule in RULES
+        ]
     finally:
         module.torch = original
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replace", ["target_v - draft_v", "target_v + draft_v"], ids=["unchanged", "p + q"])
-def test_one_character_mutation_of_the_kernel_is_found(tmp_path, replace):
-    """Builds the library again with one character of the residual changed: the law must be visibly wrong."""
+@pytest.mark.parametrize(
+    "find, replace, broken",
+    [
+        ("target_v - draft_v", "target_v + draft_v", ["ratio", "block"]),
+        ("left + (1 - weight)", "left + (1 + weight)", ["block"]),
+    ],
+    ids=["p + q", "1 + w"],
+)
+def test_one_character_mutation_of_the_kernel_is_found(tmp_path, find, replace, broken):
+    """Builds the library again with one character changed: the law of the rules it concerns must be visibly wrong, and
+    that of the others as exact as ever."""
     for name in ("CMakeLists.txt", "cmake", "csrc", "python"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     kernel = tmp_path / "csrc" / "verify" / "verify_chain_cpu.cpp"
     text = kernel.read_text()
-    find = "target_v - draft_v"
-    assert text.count(find) >= 1, "the residual is written differently now: point this test at it"
+    assert text.count(find) >= 1, "the rule is written differently now: point this test at it"
     kernel.write_text(text.replace(find, replace))
     namespace = "fastdecode_mutant"
     subprocess.run(
@@ -341,7 +351,7 @@ def test_one_character_mutation_of_the_kernel_is_found(tmp_path, replace):
     code = (
         f"import sys, torch; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'tests' / 'ops')!r}]\n"
         f"import fastdecode; torch.ops.load_library({str(library)!r})\n"
-        f"import test_verify_chain_law as m; print(m.mutant_error({namespace!r}))"
+        f"import test_verify_chain_law as m; print(*m.mutant_errors({namespace!r}))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -350,8 +360,8 @@ def test_one_character_mutation_of_the_kernel_is_found(tmp_path, replace):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    error = float(out.stdout.split()[-1])
-    assert error < EXACT if find == replace else error > VISIBLE
+    for rule, error in zip(RULES, map(float, out.stdout.split()[-len(RULES) :])):
+        assert error > VISIBLE if rule in broken else error < EXACT, rule
 
 
 def pybind_option() -> list[str]:
