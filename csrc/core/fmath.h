@@ -1,7 +1,7 @@
 // exp and log whose every rounding is written down, so that each build (x86-64 levels, SIMT, CUDA) gives the same bits:
 // only +, -, *, / and explicit fma (exact by definition, also where it is a library call), no contraction
-// (-ffp-contract=off). Polynomials were fitted by
-// Remez exchange; errors are against the exact function. Straight-line code, so loops over rows vectorise.
+// (-ffp-contract=off). Polynomials were fitted by Remez exchange; errors are against the exact function. Straight-line
+// code, so loops over rows vectorise.
 #pragma once
 
 #include <cstdint>

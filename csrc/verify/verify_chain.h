@@ -8,8 +8,8 @@
 //   the longest prefix i with u_i < h_i is kept, then one token from norm((w_i target_{i+1} - draft_{i+1})+).
 // coupled: `sample` of every row at its own position, then greedy match: the tokens are those of plain sampling with
 //   the same seed, whatever the drafts are.
-// typical (Cai et al. 2024, Medusa): accept x if target(x) > min(eps, delta e^-entropy); then the row's argmax, or a
-//   token drawn from the ids that clear this threshold. No law is kept.
+// typical (Cai et al. 2024, Medusa): accept x if target(x) > min(eps, delta e^-entropy); then the most likely id of the
+//   row's law, or one drawn from those that clear this threshold. No law is kept.
 // top_beta (Xia et al. 2023): accept x if it is among the beta largest logits and at most tau below the largest; then
 //   the argmax. beta 1, tau 0 is greedy decoding; no law is kept otherwise.
 // Row i of the target predicts the token after draft i - 1 (row 0: after the last committed token). Rows after the

@@ -153,6 +153,7 @@ class Request {
         status |= kStatusUnmappedDraft;
       } else {
         draft_p = draft_prob(i, x);
+        if (!(draft_p < kInf<double>)) return fail(kStatusNaN);
         if (!(draft_p > 0)) status |= kStatusZeroDraftProb;
       }
       weight = x >= 0 && draft_p > 0 ? std::min(1.0, weight * target_p / draft_p) : 0;
@@ -312,11 +313,11 @@ class Request {
       return emit_drawn(s.other, row_noise);
     }
     status |= with_target(i, [&](auto& law) {
-      if (!sampled) return emit(law.argmax());
+      if (!sampled) return emit(law.mode());
       law.store_weights();
       const double least = threshold(law.entropy());
       const Weights<C> all = law.weights();
-      const int64_t mode = law.argmax();
+      const int64_t mode = law.mode();
       const C inverse = law.inverse_sum();
       for (int64_t j = 0; j < all.count; ++j) {
         const bool stays = static_cast<double>(all.weight[j] * inverse) > least || all.id(j) == mode;
@@ -333,12 +334,13 @@ class Request {
   FD_ROW int32_t load_probs(int64_t i) {
     const T* row = target_row(i);
     C* const out = s.other;
-    int bad = 0;
+    int bad = 0, any = 0;
     for (int64_t v = 0; v < V; ++v) {
       out[v] = static_cast<C>(load(row[v]));
       bad |= !(out[v] < kInf<C>);
+      any |= out[v] > C(0);
     }
-    return bad ? kStatusNaN : 0;
+    return bad ? kStatusNaN : any ? 0 : kStatusNoMass;
   }
 
   FD_ROW double entropy_of_probs() const {

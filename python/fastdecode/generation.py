@@ -313,7 +313,8 @@ def _unpad(prompt: object, mask: object) -> Prompt | list[Prompt]:
     if list(mask.shape) != shape or not any(kind in str(mask.dtype) for kind in ("int", "bool")):
         raise _fail("attention_mask", expected, f"{mask.dtype} {list(mask.shape)}")
     rows: list[Prompt] = []
-    for row, flags in zip(prompt.reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]).tolist()):
+    pairs = zip(prompt, mask.tolist()) if prompt.ndim == 2 else [(prompt, mask.tolist())]
+    for row, flags in pairs:
         tokens = [place for place, flag in enumerate(flags) if flag]
         first, after = (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
         if len(tokens) != after - first or any(flag not in (0, 1) for flag in flags):

@@ -122,3 +122,36 @@ def test_a_tensor_on_another_device_is_refused(ops):
         ops.sample(x, seed=away, offset=0)
     with pytest.raises(ValueError, match="verify_chain_greedy: target_ids: expected cpu, got meta"):
         ops.verify_chain_greedy(torch.zeros(3, 0, dtype=torch.int64), away.unsqueeze(1))
+
+
+def test_the_most_likely_id_of_a_law_need_not_be_the_largest_logit(ops):
+    """Only typical_p can take the largest logit out: rule typical must then go by what is left."""
+    logits, none = torch.tensor([[[0.4] + [0.03] * 20]]).log(), torch.zeros(1, 0, dtype=torch.int64)
+    chosen = {"target_logits": logits, "rule": "typical", "typical_p": 0.05}
+    assert ops.verify_chain(none, **chosen).tokens.tolist() == [[1]]
+    for random in ({"uniforms": torch.full((1, 1), 0.5).double()}, {"seed": 3, "offset": 4}):
+        got = ops.verify_chain(none, **chosen, bonus="sample", eps=1.0, delta=1.0, **random)
+        assert got.tokens.item() in (1, 2) and got.status.item() == 0
+
+
+def test_lossy_rules_need_mass(ops):
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    got = ops.verify_chain(none, target_probs=torch.zeros(2, 1, 5), rule="typical")
+    assert got.status.tolist() == [Status.NO_MASS] * 2 and got.tokens.tolist() == [[-1]] * 2
+
+
+@pytest.mark.parametrize("uniform", [-1.0, float("nan"), 0.0, 1.0, 2.0, INF])
+def test_any_uniform_gives_an_id_with_mass(ops, uniform):
+    x = torch.full((1, 5000), -INF)
+    x[0, 17], x[0, 4000] = -200.0, 0.0
+    for filters in ({}, {"top_k": 2}):
+        assert ops.sample(x, uniforms=torch.tensor([uniform]).double(), **filters).tokens.item() == 4000
+
+
+def test_nan_of_a_draft_outside_the_list_is_an_error(ops):
+    logits = torch.tensor([[[3.0, 2.0, 0.0, -1.0]] * 2])
+    q = torch.tensor([[[0.4, 0.3, 0.2, float("nan")]]])
+    for rule in ("ratio", "block"):
+        random = {"uniforms": torch.full((1, 2), 0.5).double()}
+        got = ops.verify_chain(torch.tensor([[3]]), q, target_logits=logits, rule=rule, top_k=2, **random)
+        assert got.status.item() & Status.NAN and got.num_emitted.item() == 0

@@ -142,10 +142,10 @@ int64_t race_listed(const uint32_t* ids, int64_t count, const Noise& noise, cons
 }
 
 // First id, in id order, whose cumulative weight exceeds uniform * sum; `sum` is that of the weights and positive.
-// Where rounding leaves the walk short of that, the last id with weight.
+// Where rounding leaves the walk short of that, the last id with weight; a uniform below 0 or NaN counts as 0.
 template <class C>
 FD_ROW int64_t inverse_cdf(const Weights<C>& w, double sum, double uniform) {
-  const double wanted = uniform * sum;
+  const double wanted = uniform > 0 ? uniform * sum : 0;
   double before = 0;
   int64_t found = -1, end = w.count;
   const C* weight = w.weight;
@@ -180,7 +180,7 @@ FD_ROW int64_t draw(Law<E>& law, std::optional<double> uniform, const Noise& noi
   if (!law.dense()) return race_listed<C>(law.s.ids, law.count(), noise, [=](int64_t j) { return -distance[j]; });
   // the most likely id first: what it draws rules out most others
   detail::Leader<C> leader;
-  const int64_t top = law.argmax();
+  const int64_t top = law.mode();
   leader.enter(top, C(0), noise.word(top));
   return race<C>(
       law.V, noise, leader, [&](int64_t v) { return -law.distance(v); },

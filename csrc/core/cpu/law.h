@@ -278,13 +278,12 @@ class Law {
   }
   C logit(int64_t v) const { return load(x_[v]); }
 
-  // Lowest id of the largest logit.
-  FD_ROW int64_t argmax() const {
-    int64_t v = 0;
-    if (scanned_)
-      while (s.block_max[v / kBlock] != max_) v += kBlock;
-    while (load(x_[v]) != max_) ++v;
-    return v;
+  // The most likely id, ties by id. Only typical_p can take the largest logit out of a list.
+  FD_ROW int64_t mode() const {
+    if (!listed_) return argmax();
+    int64_t best = 0;
+    for (int64_t j = 1; j < count_; ++j) best = s.distance[j] < s.distance[best] ? j : best;
+    return s.ids[best];
   }
 
   // Distance of an id, inf where it was filtered out.
@@ -395,6 +394,15 @@ class Law {
   }
   auto fixed() const {
     return [weight = s.weight](int64_t j) { return fixed_mass(weight[j]); };
+  }
+
+  // Lowest id of the largest logit.
+  FD_ROW int64_t argmax() const {
+    int64_t v = 0;
+    if (scanned_)
+      while (s.block_max[v / kBlock] != max_) v += kBlock;
+    while (load(x_[v]) != max_) ++v;
+    return v;
   }
 
   static uint64_t share(float part, uint64_t mass) {

@@ -96,7 +96,7 @@ def penalize(
         *torch.ops.fastdecode.penalize.default(
             logits,
             tokens,
-            lengths,
+            per_request(op, "lengths", lengths, logits, torch.int32),
             per_request(op, "prompt_lengths", prompt_lengths, logits, torch.int32),
             draft_tokens,
             per_request(op, "repetition", repetition, logits, torch.float32),

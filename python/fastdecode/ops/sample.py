@@ -104,6 +104,8 @@ def topk_logits(logits: Tensor, k: int, *, active: Tensor | None = None) -> Topk
         ValueError: wrong rank, dtype, layout or device; k outside 1..V.
     Reference: fastdecode.testing.reference.sample.
     """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise ValueError(f"topk_logits: k: expected an int, got {k!r}")
     return TopkLogits(*torch.ops.fastdecode.topk_logits.default(logits, k, _active("topk_logits", active, logits)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._host import Bonus, Rule
-from ._arguments import check_devices, filters, number_of, per_request, per_request_rows, with_filter_doc
+from ._arguments import check_devices, filters, number_of, per_request, per_request_rows, requests_of, with_filter_doc
 
 
 class Verified(NamedTuple):
@@ -149,6 +149,7 @@ def verify_chain(
     Xia et al. 2023 (top_beta, SpecDec). Reference: fastdecode.testing.reference.verify.
     """
     op = "verify_chain"
+    requests_of(op, draft_tokens, row_start)
     chosen = (temperature, top_k, top_p, min_p, typical_p, bias, ban_ids, min_lengths)
     if row_start is not None and target_logits is not None:
         bitmask = per_request_rows(op, "bitmask", bitmask, target_logits)
