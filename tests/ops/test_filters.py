@@ -202,6 +202,27 @@ def test_strange_parameters_equal_reference(ops, name, dtype):
             np.testing.assert_allclose(got.double().numpy()[clear], want[clear].astype(float), tolerance, 1e-30)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_of_both_signs_tie(ops, dtype):
+    """Whichever sign comes first: 0 and -0 are equal logits, kept by lowest id."""
+    g = generator(9)
+    for vocab_size in (4, 17, 300):
+        logits = torch.randint(-3, 1, (40, vocab_size), generator=g).to(dtype)
+        signed = torch.where((logits == 0) & (torch.rand(logits.shape, generator=g) < 0.5), -logits, logits)
+        assert torch.equal(logits, signed) and not same_bits(logits, signed)
+        for filters in (
+            {"top_k": 2},
+            {"top_p": 0.5},
+            {"top_p": 0.1, "temperature": 50.0},
+            {"min_p": 1.0},
+            {"typical_p": 0.3},
+            {"typical_p": 0.2, "top_k": 3},
+            {"top_k": 2, "top_p": 0.3, "order": "joint"},
+            {"temperature": 0.0},
+        ):
+            assert_same(ops.target_probs(logits, **filters), ops.target_probs(signed, **filters), f"{filters}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bitmask
 

@@ -47,9 +47,9 @@ def test_ties_by_lowest_id_and_signed_zeros(ops):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [2, 77, 3000])
 def test_extreme_values(ops, vocab_size, dtype):
-    """Subnormals, the largest number of the dtype and -inf keep their order."""
+    """Subnormals, the largest numbers of the dtype and -inf keep their order."""
     info = torch.finfo(dtype)
-    pool = [0.0, info.smallest_normal, info.smallest_normal / 4, info.max, -info.smallest_normal, -torch.inf]
+    pool = [0.0, info.smallest_normal, info.smallest_normal / 4, info.max, info.min, -info.smallest_normal, -torch.inf]
     at = torch.randint(len(pool), (6, vocab_size), generator=generator(3, vocab_size))
     logits = torch.tensor(pool, dtype=dtype)[at]
     for k in (1, 2, vocab_size // 2, vocab_size):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastdecode
-from chain_inputs import FILTERS, MARGIN, compare, random_inputs, uniforms
+from chain_inputs import MARGIN, NEW_FILTERS, compare, random_inputs, uniforms
 from fastdecode.testing import exact_law
 from fastdecode.testing.reference import verify as reference
 from support import DTYPES, assert_same, check_op, compute_dtype, generator, raises, same_bits, views
@@ -17,7 +17,7 @@ SHAPES = [(40, 3, 5), (10, 0, 7), (20, 1, 1), (20, 2, 2), (8, 5, 17), (8, 4, 65)
 TYPICAL = {
     "probs": ("target_probs", "draft_lens", "eps", "delta"),
     "logits": ("target_logits", "draft_lens", "eps", "delta"),
-    "filtered": ("target_logits", "draft_lens", "eps", "delta", *FILTERS, "bitmask"),
+    "filtered": ("target_logits", "draft_lens", "eps", "delta", *NEW_FILTERS),
 }
 BONUS = {"greedy": (), "sample by uniforms": ("uniforms",), "sample by seed": ("seed", "offset")}
 TOP_BETA = {
@@ -171,6 +171,27 @@ def test_most_likely_id_stays_where_no_id_clears(ops):
         assert out.tokens.tolist() == [[0, -1], [1, -1]]
 
 
+@pytest.mark.parametrize("draft", range(5))
+def test_acceptance_under_the_typical_filter(ops, draft):
+    """p = .5 .2 .2 .1: typical_p .35 leaves ids 1 and 2 at a half each, so the likeliest id of the row is out.
+
+    exp(-H) = .5: at delta .3 both clear the threshold, at delta 1.5 none does, and the first of them stays.
+    """
+    row = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64).log().expand(1, 2, 4)
+    chosen = {"target_logits": row, "rule": "typical", "typical_p": 0.35, "eps": 1.0}
+    drafts, accepted = torch.tensor([[draft]]), draft in (1, 2)
+    out = ops.verify_chain(drafts, **chosen, delta=0.3)
+    assert out.tokens.tolist() == [[draft, 1] if accepted else [1, -1]]
+    for u, token in ((0.0, 1), (0.49, 1), (0.51, 2)):
+        random = {"bonus": "sample", "uniforms": uniforms([0.5, u])}
+        out = ops.verify_chain(drafts, **chosen, delta=0.3, **random)
+        assert out.tokens.tolist() == [[draft, token] if accepted else [token, -1]]
+        assert ops.verify_chain(drafts, **chosen, delta=1.5, **random).tokens.tolist() == [[1, -1]]
+    for seed in range(5):
+        out = ops.verify_chain(drafts, **chosen, delta=1.5, bonus="sample", seed=seed, offset=0)
+        assert out.tokens.tolist() == [[1, -1]]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Top-beta
 
@@ -278,10 +299,8 @@ def test_broken_and_inactive_rows(ops, name):
     inputs["draft_lens"] = torch.tensor([3, 3, 3, 3, -1, 4, 77, 3], dtype=torch.int32)
     active = torch.arange(8) != 6
     out = ops.verify_chain(**every_call(inputs)[name], active=active)
-    broken = [1, 2, 3, 4, 5, 6] if name != "typical, probs, greedy" else [1, 2, 4, 5, 6]
-    assert out.status[broken].tolist() == [1, 1, *([2] if 3 in broken else []), 32, 32, 0]
-    assert (out.tokens[broken] == -1).all()
-    assert (out.num_accepted[broken] == 0).all() and (out.num_emitted[broken] == 0).all()
+    assert out.status[[1, 2, 3, 4, 5, 6]].tolist() == [1, 1, 2, 32, 32, 0]
+    assert (out.tokens[1:7] == -1).all() and (out.num_accepted[1:7] == 0).all() and (out.num_emitted[1:7] == 0).all()
     for a, b in zip(clean, out):
         assert same_bits(a[[0, 7]], b[[0, 7]])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chain_inputs import FILTERS, MARGIN, NEW_FILTERS, compare, random_inputs, uniforms
+from chain_inputs import MARGIN, NEW_FILTERS, compare, random_inputs, uniforms
 from fastdecode.testing.reference import verify as reference
 from support import DTYPES, assert_same, check_op, compute_dtype, generator, raises, same_bits, views
 
@@ -23,7 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "coupled": ("target_logits", *SEED),
     "coupled, filtered": ("target_logits", *NEW_FILTERS, *SEED),
     "typical": ("target_probs", "eps", "delta"),
-    "typical, filtered": ("target_logits", "eps", "delta", *FILTERS, "bitmask"),
+    "typical, filtered": ("target_logits", "eps", "delta", *NEW_FILTERS),
     "top_beta": ("target_logits", "beta", "tau", "bitmask"),
 }
 
