@@ -248,7 +248,7 @@ class Law {
   using C = Compute<E>;
 
   Law(const E* x, int64_t vocab_size, C max, const RowFilter& f, const RowScratch<C>& scratch)
-      : V(vocab_size), s(scratch), x_(x), max_(max) {
+      : V(vocab_size), s(scratch), x_(x), max_(max + C(0)) {  // never -0, so that no distance is
     constexpr float kMost = std::numeric_limits<float>::max();
     greedy_ = !(f.temperature > 0.0f);
     // neither an infinite temperature nor an infinite inverse may meet a distance of inf or 0
@@ -454,24 +454,30 @@ class Law {
     return limit < kEverywhere ? limit : kEverywhere;
   }
 
-  // Lists the ids within `limit` of the top.
+  // Lists the ids within `limit` of the top; kEverywhere lists all that are not forbidden, also those whose distance is
+  // beyond any number.
   FD_ROW void gather(C limit) {
+    const bool everywhere = limit == kEverywhere;
     listed_ = true;
     count_ = 0;
     for (int64_t start = 0; start < V; start += kBlock) {
-      if (!((max_ - s.block_max[start / kBlock]) * inverse_temperature_ <= limit)) continue;
+      const C top = s.block_max[start / kBlock];
+      if (everywhere ? top == -kInf<C> : !((max_ - top) * inverse_temperature_ <= limit)) continue;
       int64_t v = start;
       const int64_t end = std::min(start + kBlock, V);
 #if FD_CPU_LEVEL >= 4
       if constexpr (std::is_same_v<C, float>) {
         const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512 most = _mm512_set1_ps(limit);
         for (; v + kWide <= end; v += kWide) {
           const __m512 d = (__m512)distance(std::true_type{}, v);
-          const __mmask16 near = _mm512_cmp_ps_mask(d, _mm512_set1_ps(limit), _CMP_LE_OQ);
+          const __mmask16 near =
+              everywhere ? _mm512_cmp_ps_mask((__m512)load_lanes(x_ + v), _mm512_set1_ps(-kInf<float>), _CMP_GT_OQ)
+                         : _mm512_cmp_ps_mask(d, most, _CMP_LE_OQ);
           const __m512i here = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(v)));
           // compressed in registers: storing compressed is slow on some machines
           _mm512_storeu_si512(s.ids + count_, _mm512_maskz_compress_epi32(near, here));
-          _mm512_storeu_ps(s.distance + count_, _mm512_maskz_compress_ps(near, d));
+          _mm512_storeu_ps(s.distance + count_, _mm512_maskz_compress_ps(near, _mm512_maskz_min_ps(0xffff, d, most)));
           count_ += std::popcount(static_cast<uint16_t>(near));
         }
       }
@@ -479,8 +485,8 @@ class Law {
       for (; v < end; ++v) {
         const C d = distance(v);
         s.ids[count_] = static_cast<uint32_t>(v);
-        s.distance[count_] = d;
-        count_ += d <= limit;
+        s.distance[count_] = d < limit ? d : limit;
+        count_ += everywhere ? load(x_[v]) > -kInf<C> : d <= limit;
       }
     }
   }
