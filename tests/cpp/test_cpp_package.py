@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_a_leak_is_noticed(tmp_path):
     source.write_text("#include <vector>\ntemplate class std::vector<int>;")
     run("c++", "-std=c++20", "-O3", "-c", source, "-o", found)
     assert any("vector" in name for name in leaks("3", [found]))
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(package):
+    """Every row: each checks that it measures what its name says, and reports an error otherwise."""
+    command = ["cmake", "-S", str(ROOT), "-B", str(package.build), "-DFASTDECODE_BENCHMARKS=ON"]
+    configured = subprocess.run(command, capture_output=True, text=True)
+    if configured.returncode != 0:
+        assert "needs Google Benchmark" in configured.stderr, configured.stderr
+        pytest.skip("Google Benchmark is not installed")
+    run("cmake", "--build", package.build, "--parallel", "2")
+    program = package.build / "bench" / "cpp" / "bench_ops"
+    ran = subprocess.run([program, "--benchmark_min_time=0.001", "--benchmark_format=json"], capture_output=True)
+    rows = json.loads(ran.stdout)["benchmarks"]
+    assert {row["name"].split("/")[0] for row in rows} >= {"row_stats", "sample", "verify_chain", "commit"}
+    assert not [row for row in rows if row.get("error_occurred")]
+    assert all(row["real_time"] > 0 for row in rows)
 
 
 @pytest.mark.slow
