@@ -1,5 +1,5 @@
-// The target law of a row of logits (core/filter.h) as probabilities. Plain sampling, drafting and verification all speak
-// of this law.
+// The target law of a row of logits (core/filter.h) as probabilities. Plain sampling, drafting and verification all
+// speak of this law.
 #pragma once
 
 #include <cstdint>
