@@ -7,7 +7,7 @@ import enum
 import torch
 from torch import Tensor
 
-from .._host import Order
+from .._host import Bonus, Order, Rule
 
 FILTER_DOC = """
         temperature: float32 [B]; <= 0 or NaN is greedy, ties to the lowest id. None means 1.
@@ -95,10 +95,15 @@ def filters(
     )
 
 
+_NUMBERS: dict[type[enum.IntEnum], dict[str, int]] = {
+    kind: {member.name.lower(): int(member) for member in kind} for kind in (Bonus, Order, Rule)
+}
+
+
 def number_of(op: str, name: str, value: str | int, kind: type[enum.IntEnum]) -> int:
     """A member of an enum of csrc/core/enums.h by its lower-case name or number; numbers are checked by the op."""
     if isinstance(value, str):
-        names = {member.name.lower(): int(member) for member in kind}
+        names = _NUMBERS[kind]  # made before any compiler traces this
         if value not in names:
             raise ValueError(f"{op}: {name}: expected one of {sorted(names)}, got {value!r}")
         return names[value]
