@@ -17,6 +17,14 @@ struct Noise8 {
   Words8 w[4];  // words 0 .. 3 of each counter, in the low halves
 };
 FD_INLINE Noise8 noise8(const Noise& n, const Words8& group) {
+#if FD_CPU_LEVEL < 4  // too few and too narrow registers for eight counters at a time
+  Noise8 noise;
+  for (int64_t l = 0; l < 8; ++l) {
+    const Words words = n.group(static_cast<uint32_t>(group[l]));
+    for (int i = 0; i < 4; ++i) noise.w[i][l] = words.w[i];
+  }
+  return noise;
+#else
   const Words8 m0 = Words8{} + 0xD2511F53u, m1 = Words8{} + 0xCD9E8D57u;
   Words8 c0 = group, c1 = Words8{} + n.stream_node, c2 = Words8{} + n.offset_lo, c3 = Words8{} + n.offset_hi;
   uint32_t k0 = n.seed_lo, k1 = n.seed_hi;
@@ -31,15 +39,25 @@ FD_INLINE Noise8 noise8(const Noise& n, const Words8& group) {
     k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
+#endif
 }
 
 // The words of ids 4 * group .. 4 * group + 31, group a multiple of 8, as two runs of sixteen.
 FD_INLINE void noise_of_ids(const Noise& n, uint32_t group, LaneBits<float> (&out)[2]) {
+#if FD_CPU_LEVEL < 4
+  uint32_t words[32];
+  for (uint32_t j = 0; j < 8; ++j) {
+    const Words four = n.group(group + j);
+    for (int i = 0; i < 4; ++i) words[4 * j + i] = four.w[i];
+  }
+  std::memcpy(out, words, sizeof(words));
+#else
   const Noise8 noise = noise8(n, Words8{0, 1, 2, 3, 4, 5, 6, 7} + group);
   const Words8 low = (noise.w[0] & 0xffffffffu) | noise.w[1] << 32;
   const Words8 high = (noise.w[2] & 0xffffffffu) | noise.w[3] << 32;
   out[0] = (LaneBits<float>)__builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
   out[1] = (LaneBits<float>)__builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
 }
 
 inline constexpr float kLog2E = 0x1.715476p0f;
