@@ -339,7 +339,7 @@ class Law {
   const RowScratch<C>& s;
 
  private:
-  static constexpr C kEverywhere = std::numeric_limits<C>::max();  // beyond it are only the forbidden ids
+  static constexpr C kEverywhere = std::numeric_limits<C>::max();  // for gather: all but the forbidden ids
 
   FD_ROW void filter(const RowFilter& f) {
     if (greedy_) {

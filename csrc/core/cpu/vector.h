@@ -182,20 +182,11 @@ FD_INLINE Lanes<C> add_neighbours(const Lanes<C>& a, const Lanes<C>& b) {
 // Eight 32-bit numbers, each in the low half of a 64-bit lane; the high halves are arbitrary.
 typedef uint64_t Words8 __attribute__((vector_size(64)));
 
+#if FD_CPU_LEVEL >= 4
 // Full products of the low halves.
 FD_INLINE Words8 multiply_low(const Words8& a, const Words8& b) {
-#if FD_CPU_LEVEL >= 4
   return (Words8)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif FD_CPU_LEVEL == 3
-  typedef uint64_t Half256 __attribute__((vector_size(32)));
-  const Half256 low = (Half256)_mm256_mul_epu32((__m256i)__builtin_shufflevector(a, a, 0, 1, 2, 3),
-                                                (__m256i)__builtin_shufflevector(b, b, 0, 1, 2, 3));
-  const Half256 high = (Half256)_mm256_mul_epu32((__m256i)__builtin_shufflevector(a, a, 4, 5, 6, 7),
-                                                 (__m256i)__builtin_shufflevector(b, b, 4, 5, 6, 7));
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
 }
+#endif
 
 }  // namespace fastdecode::FD_ISA
