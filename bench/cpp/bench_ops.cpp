@@ -178,7 +178,7 @@ void row_stats(State& state) {
                     .vocab_size = vocab_size,
                     .batch_stride = vocab_size,
                     .dtype = DType::kFloat32};
-  std::vector<std::byte> scratch(row_stats_scratch_bytes(args, exec));
+  std::vector<std::byte> scratch(cpu::row_stats_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   Turns turns(batch * vocab_size);
   for (auto _ : state) {
@@ -206,7 +206,7 @@ void sample(State& state, float temperature, int32_t top_k, float top_p) {
                   .dtype = DType::kFloat32};
   if (top_k) args.filters.top_k = top_ks.data();
   if (top_p < 1) args.filters.top_p = top_ps.data();
-  std::vector<std::byte> scratch(sample_scratch_bytes(args, exec));
+  std::vector<std::byte> scratch(cpu::sample_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   Turns turns(batch * vocab_size);
   for (auto _ : state) {
@@ -248,7 +248,7 @@ void verify_chain(State& state, bool from_probs, bool accepted) {
                        .dtype = DType::kFloat32,
                        .draft_dtype = DType::kFloat32};
   if (!from_probs) args.filters.temperature = temperature.data();
-  std::vector<std::byte> scratch(verify_chain_scratch_bytes(args, exec));
+  std::vector<std::byte> scratch(cpu::verify_chain_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   const auto& target = from_probs ? probs() : logits();
   const int64_t target_elements = batch * (K + 1) * vocab_size;

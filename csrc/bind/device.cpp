@@ -1,6 +1,12 @@
 #include "bind/device.h"
 
+#if defined(FD_CUDA)
+#include <cuda_runtime.h>
+
+#include <atomic>
+#elif !defined(FD_SIMT)
 #include "bind/runtime.h"
+#endif
 
 namespace fastdecode::bind {
 namespace {
@@ -102,6 +108,40 @@ Tensor output(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTy
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
+#if defined(FD_CUDA)
+
+namespace {
+
+int32_t count_sms(int32_t device) {
+  static std::atomic<int32_t> known[64];
+  int32_t count = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+  if (count > 0) return count;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (device < 64) known[device].store(count, std::memory_order_relaxed);
+  return count;
+}
+
+}  // namespace
+
+Launch::Launch(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &exec_.stream));
+  exec_.num_sms = count_sms(like.get_device_index());
+}
+
+void Launch::check(const char* op) const {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+}
+
+#elif defined(FD_SIMT)
+
+// Enough multiprocessors that rows are cut into parts, few enough that some rows are not.
+Launch::Launch(const Tensor& like) : like_(like) { exec_.num_sms = 4; }
+
+void Launch::check(const char*) const {}
+
+#else
+
 namespace {
 
 void torch_parallel_for(int64_t count, void (*body)(void*, int64_t), void* context) {
@@ -117,6 +157,10 @@ Launch::Launch(const Tensor& like) : like_(like) {
   exec_.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
   exec_.cpu_level = current_cpu_level();
 }
+
+void Launch::check(const char*) const {}
+
+#endif
 
 void* Launch::scratch(int64_t bytes) {
   scratch_ = output(like_, {bytes}, ScalarType::Byte);

@@ -1,7 +1,11 @@
+// Adapters are compiled once per backend: into _C_cpu, with FD_CUDA into _C_cuda, with FD_SIMT into _C_simt.
 // What every adapter needs of torch: argument checks, output allocation, and the Exec of the tensors' device.
 // Stable ABI only, at target 2.10: one binary for every torch from there on.
 #pragma once
 
+#if defined(FD_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,7 +27,12 @@ static_assert(TORCH_TARGET_VERSION == 0x020a000000000000, "the stable ABI target
 namespace fastdecode {
 
 namespace cpu {}
+namespace cuda {}
+#if defined(FD_CUDA) || defined(FD_SIMT)
+namespace device = cuda;
+#else
 namespace device = cpu;
+#endif
 
 namespace bind {
 
@@ -63,17 +72,23 @@ const T* data_of(const OptionalTensor& t) {
 // Output buffer on the device of `like`.
 Tensor output(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
 
-// The threads of torch behind Exec.
+// Where an op runs, as Exec: torch's threads; or the device of `like`, made the current one, and its current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& like);
   const Exec& exec() const { return exec_; }
+
+  // After the op: throws if a kernel could not be launched.
+  void check(const char* op) const;
 
   // Uninitialised bytes that live as long as this launch.
   void* scratch(int64_t bytes);
 
  private:
   Tensor like_;
+#if defined(FD_CUDA)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
   Exec exec_;
   OptionalTensor scratch_;
 };

@@ -31,15 +31,18 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const
                   .residual_stride = residual ? stride_of(*residual, 0) : 0,
                   .dtype = type == ScalarType::Double ? DType::kFloat64 : DType::kFloat32},
                  launch.exec());
+  launch.check(op);
   return y;
 }
 
 }  // namespace
 }  // namespace fastdecode::bind
 
+#ifndef FD_CUDA  // _C_cpu, which is always loaded first, has them
 STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
   m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? residual) -> Tensor");
 }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {
   using namespace fastdecode::bind;

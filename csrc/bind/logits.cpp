@@ -53,6 +53,7 @@ void apply_token_bitmask_(const Tensor& logits, const Tensor& bitmask, const Opt
                                .mask_row_stride = r.three ? stride_of(bitmask, 1) : 0,
                                .dtype = r.dtype},
                               launch.exec());
+  launch.check(op);
 }
 
 std::tuple<Tensor, Tensor> penalize(const Tensor& logits, const Tensor& tokens, const Tensor& lengths,
@@ -96,20 +97,23 @@ std::tuple<Tensor, Tensor> penalize(const Tensor& logits, const Tensor& tokens, 
                     .token_stride = stride_of(tokens, 0),
                     .draft_stride = draft_tokens ? stride_of(*draft_tokens, 0) : 0,
                     .dtype = r.dtype};
-  args.scratch = launch.scratch(penalize_scratch_bytes(args, launch.exec()));
+  args.scratch = launch.scratch(device::penalize_scratch_bytes(args, launch.exec()));
   device::penalize(args, launch.exec());
+  launch.check(op);
   return {penalized, status};
 }
 
 }  // namespace
 }  // namespace fastdecode::bind
 
+#ifndef FD_CUDA  // _C_cpu, which is always loaded first, has them
 STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
   m.def("apply_token_bitmask_(Tensor(a!) logits, Tensor bitmask, Tensor? indices, Tensor? active) -> ()");
   m.def(
       "penalize(Tensor logits, Tensor tokens, Tensor lengths, Tensor? prompt_lengths, Tensor? draft_tokens, "
       "Tensor? repetition, Tensor? presence, Tensor? frequency, Tensor? active) -> (Tensor, Tensor)");
 }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {
   using namespace fastdecode::bind;

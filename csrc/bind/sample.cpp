@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tenso
                     .batch_stride = r.batch_stride,
                     .row_stride = r.row_stride,
                     .dtype = r.dtype};
-  args.scratch = launch.scratch(row_stats_scratch_bytes(args, launch.exec()));
+  args.scratch = launch.scratch(device::row_stats_scratch_bytes(args, launch.exec()));
   device::row_stats(args, launch.exec());
+  launch.check(op);
   return outputs;
 }
 
@@ -61,8 +62,9 @@ std::tuple<Tensor, Tensor> target_probs(const Tensor& logits, const OptionalTens
                        .batch_stride = r.batch_stride,
                        .row_stride = r.row_stride,
                        .dtype = r.dtype};
-  args.scratch = launch.scratch(target_probs_scratch_bytes(args, launch.exec()));
+  args.scratch = launch.scratch(device::target_probs_scratch_bytes(args, launch.exec()));
   device::target_probs(args, launch.exec());
+  launch.check(op);
   return {probs, status};
 }
 
@@ -94,8 +96,9 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, FD_FILTER_PARAMS, const 
                   .stream = stream,
                   .node = node,
                   .dtype = r.dtype};
-  args.scratch = launch.scratch(sample_scratch_bytes(args, launch.exec()));
+  args.scratch = launch.scratch(device::sample_scratch_bytes(args, launch.exec()));
   device::sample(args, launch.exec());
+  launch.check(op);
   return {tokens, status};
 }
 
@@ -136,8 +139,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
                          .row_stride = r.row_stride,
                          .token_stride = r.three ? stride_of(tokens, 0) : 1,
                          .dtype = r.dtype};
-  args.scratch = launch.scratch(token_logprobs_scratch_bytes(args, launch.exec()));
+  args.scratch = launch.scratch(device::token_logprobs_scratch_bytes(args, launch.exec()));
   device::token_logprobs(args, launch.exec());
+  launch.check(op);
   return {logprobs, top_ids, top_logprobs, status};
 }
 
@@ -163,14 +167,16 @@ std::tuple<Tensor, Tensor, Tensor> topk_logits(const Tensor& logits, int64_t k, 
                       .batch_stride = r.batch_stride,
                       .row_stride = r.row_stride,
                       .dtype = r.dtype};
-  args.scratch = launch.scratch(topk_logits_scratch_bytes(args, launch.exec()));
+  args.scratch = launch.scratch(device::topk_logits_scratch_bytes(args, launch.exec()));
   device::topk_logits(args, launch.exec());
+  launch.check(op);
   return {values, ids, status};
 }
 
 }  // namespace
 }  // namespace fastdecode::bind
 
+#ifndef FD_CUDA  // _C_cpu, which is always loaded first, has them
 STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
   m.def("row_stats(Tensor logits, Tensor? active) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("target_probs(Tensor logits, Tensor? row_start, " FD_FILTER_SCHEMA
@@ -181,6 +187,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
   m.def("token_logprobs(Tensor logits, Tensor tokens, int top, Tensor? row_start, " FD_FILTER_SCHEMA
         ", Tensor? offset, Tensor? active) -> (Tensor, Tensor, Tensor, Tensor)");
 }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {
   using namespace fastdecode::bind;

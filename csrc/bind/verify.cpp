@@ -45,6 +45,7 @@ Verified verify_chain_greedy(const Tensor& draft_tokens, const Tensor& target_id
                                .draft_stride = stride_of(draft_tokens, 0),
                                .target_stride = stride_of(target_ids, 0)},
                               launch.exec());
+  launch.check(op);
   return outputs;
 }
 
@@ -158,8 +159,9 @@ Verified verify_chain(const Tensor& draft_tokens, const OptionalTensor& draft_pr
                        .target_row_stride = r.row_stride,
                        .dtype = r.dtype,
                        .draft_dtype = draft_is_computed && r.dtype != DType::kFloat64 ? DType::kFloat32 : r.dtype};
-  args.scratch = launch.scratch(verify_chain_scratch_bytes(args, launch.exec()));
+  args.scratch = launch.scratch(device::verify_chain_scratch_bytes(args, launch.exec()));
   device::verify_chain(args, launch.exec());
+  launch.check(op);
   return outputs;
 }
 
@@ -194,12 +196,14 @@ std::tuple<Tensor, Tensor> commit(const Tensor& tokens, const Tensor& num_emitte
                   .token_stride = stride_of(tokens, 0),
                   .stop_stride = stop_ids ? stride_of(*stop_ids, 0) : 0},
                  launch.exec());
+  launch.check(op);
   return {num_committed, reason};
 }
 
 }  // namespace
 }  // namespace fastdecode::bind
 
+#ifndef FD_CUDA  // _C_cpu, which is always loaded first, has them
 STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
   m.def(
       "verify_chain_greedy(Tensor draft_tokens, Tensor target_ids, Tensor? draft_lens, Tensor? active) "
@@ -214,6 +218,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
       "commit(Tensor tokens, Tensor num_emitted, Tensor(a!) lengths, Tensor(b!) finished, Tensor? max_lengths, "
       "Tensor? stop_ids) -> (Tensor, Tensor)");
 }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {
   using namespace fastdecode::bind;

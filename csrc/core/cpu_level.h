@@ -25,11 +25,11 @@
 // For functions that work on a whole row: compiled once per element type rather than into each of their callers.
 #define FD_ROW [[gnu::noinline]]
 // For the arithmetic inside their loops.
-#define FD_INLINE [[gnu::always_inline]] inline
-
 #if defined(__CUDACC__)
+#define FD_INLINE __forceinline__
 #define FD_HD __host__ __device__
 #else
+#define FD_INLINE [[gnu::always_inline]] inline
 #define FD_HD
 #endif
 

@@ -21,6 +21,7 @@ struct Exec {
   void* stream = nullptr;               // CUDA: a cudaStream_t
   ParallelFor* parallel_for = nullptr;  // CPU; not called while num_threads is 1
   int32_t num_threads = 1;              // CPU: threads behind parallel_for; outcomes never depend on it
+  int32_t num_sms = 1;                  // CUDA: multiprocessors of the device; outcomes never depend on it
   int32_t cpu_level = 1;                // CPU: instruction-set build to run, 1, 3 or 4; outcomes never depend on it
 };
 

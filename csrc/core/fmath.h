@@ -19,8 +19,13 @@ inline constexpr C kInf = std::numeric_limits<C>::infinity();
 template <class C>
 inline constexpr C kFarthest = std::is_same_v<C, double> ? C(708) : C(87);
 
+#if defined(__CUDA_ARCH__)
+FD_INLINE FD_HD float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FD_INLINE FD_HD double fma_(double a, double b, double c) { return __fma_rn(a, b, c); }
+#else
 FD_INLINE FD_HD float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FD_INLINE FD_HD double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
 
 // What a number is to the functions below that also work on vectors of numbers (core/cpu/vector.h).
 template <class N>

@@ -44,7 +44,7 @@ struct RowOwner {
 };
 
 // Row r of [batch, rows], or with row_start (rising, [batch + 1]) of flat rows.
-inline RowOwner owner_of(int64_t r, int64_t rows, const int32_t* row_start, int64_t batch) {
+FD_HD inline RowOwner owner_of(int64_t r, int64_t rows, const int32_t* row_start, int64_t batch) {
   if (!row_start) return {r / rows, r % rows};
   int64_t low = 0, high = batch + 1;  // row_start[low - 1] <= r < row_start[high]
   while (low < high) {

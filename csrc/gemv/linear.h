@@ -23,8 +23,10 @@ struct LinearArgs {
   int64_t x_stride, residual_stride;  // elements between rows
   DType dtype;                        // kFloat32 or kFloat64
 };
-
 namespace cpu {
+void linear(const LinearArgs&, const Exec&);
+}
+namespace cuda {
 void linear(const LinearArgs&, const Exec&);
 }
 

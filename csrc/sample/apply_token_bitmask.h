@@ -23,8 +23,10 @@ struct ApplyTokenBitmaskArgs {
   int64_t mask_stride, mask_row_stride;  // elements; between requests (or indices) and between rows; 0 allowed
   DType dtype;
 };
-
 namespace cpu {
+void apply_token_bitmask(const ApplyTokenBitmaskArgs&, const Exec&);
+}
+namespace cuda {
 void apply_token_bitmask(const ApplyTokenBitmaskArgs&, const Exec&);
 }
 

@@ -32,10 +32,13 @@ struct PenalizeArgs {
   DType dtype;
 };
 
-int64_t penalize_scratch_bytes(const PenalizeArgs&, const Exec&);
-
 namespace cpu {
+int64_t penalize_scratch_bytes(const PenalizeArgs&, const Exec&);
 void penalize(const PenalizeArgs&, const Exec&);
-}
+}  // namespace cpu
+namespace cuda {
+int64_t penalize_scratch_bytes(const PenalizeArgs&, const Exec&);
+void penalize(const PenalizeArgs&, const Exec&);
+}  // namespace cuda
 
 }  // namespace fastdecode

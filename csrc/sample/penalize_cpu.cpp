@@ -124,7 +124,7 @@ void penalize(const PenalizeArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::penalize_scratch_bytes(const PenalizeArgs& a, const Exec& ex) {
+int64_t fastdecode::cpu::penalize_scratch_bytes(const PenalizeArgs& a, const Exec& ex) {
   return FD_ISA::num_slots(a.batch * a.rows, a.vocab_size, ex) * FD_ISA::counts_bytes(a);
 }
 #endif

@@ -24,10 +24,13 @@ struct RowStatsArgs {
   DType dtype;
 };
 
-int64_t row_stats_scratch_bytes(const RowStatsArgs&, const Exec&);
-
 namespace cpu {
+int64_t row_stats_scratch_bytes(const RowStatsArgs&, const Exec&);
 void row_stats(const RowStatsArgs&, const Exec&);
-}
+}  // namespace cpu
+namespace cuda {
+int64_t row_stats_scratch_bytes(const RowStatsArgs&, const Exec&);
+void row_stats(const RowStatsArgs&, const Exec&);
+}  // namespace cuda
 
 }  // namespace fastdecode

@@ -139,7 +139,7 @@ void row_stats(const RowStatsArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::row_stats_scratch_bytes(const RowStatsArgs& a, const Exec&) {
+int64_t fastdecode::cpu::row_stats_scratch_bytes(const RowStatsArgs& a, const Exec&) {
   return a.batch * a.rows * FD_ISA::num_tiles(a) * static_cast<int64_t>(sizeof(FD_ISA::TileStats));
 }
 #endif

@@ -24,10 +24,13 @@ struct SampleArgs {
   DType dtype;
 };
 
-int64_t sample_scratch_bytes(const SampleArgs&, const Exec&);
-
 namespace cpu {
+int64_t sample_scratch_bytes(const SampleArgs&, const Exec&);
 void sample(const SampleArgs&, const Exec&);
-}
+}  // namespace cpu
+namespace cuda {
+int64_t sample_scratch_bytes(const SampleArgs&, const Exec&);
+void sample(const SampleArgs&, const Exec&);
+}  // namespace cuda
 
 }  // namespace fastdecode

@@ -33,7 +33,7 @@ void sample(const SampleArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::sample_scratch_bytes(const SampleArgs& a, const Exec& ex) {
+int64_t fastdecode::cpu::sample_scratch_bytes(const SampleArgs& a, const Exec& ex) {
   return FD_ISA::num_slots(a.batch, a.vocab_size, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype);
 }
 #endif

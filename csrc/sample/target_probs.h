@@ -23,10 +23,13 @@ struct TargetProbsArgs {
   DType dtype;
 };
 
-int64_t target_probs_scratch_bytes(const TargetProbsArgs&, const Exec&);
-
 namespace cpu {
+int64_t target_probs_scratch_bytes(const TargetProbsArgs&, const Exec&);
 void target_probs(const TargetProbsArgs&, const Exec&);
-}
+}  // namespace cpu
+namespace cuda {
+int64_t target_probs_scratch_bytes(const TargetProbsArgs&, const Exec&);
+void target_probs(const TargetProbsArgs&, const Exec&);
+}  // namespace cuda
 
 }  // namespace fastdecode

@@ -46,7 +46,7 @@ void target_probs(const TargetProbsArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::target_probs_scratch_bytes(const TargetProbsArgs& a, const Exec& ex) {
+int64_t fastdecode::cpu::target_probs_scratch_bytes(const TargetProbsArgs& a, const Exec& ex) {
   return FD_ISA::num_slots(FD_ISA::num_rows(a), a.vocab_size, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype);
 }
 #endif

@@ -26,10 +26,13 @@ struct TokenLogprobsArgs {
   DType dtype;
 };
 
-int64_t token_logprobs_scratch_bytes(const TokenLogprobsArgs&, const Exec&);
-
 namespace cpu {
+int64_t token_logprobs_scratch_bytes(const TokenLogprobsArgs&, const Exec&);
 void token_logprobs(const TokenLogprobsArgs&, const Exec&);
-}
+}  // namespace cpu
+namespace cuda {
+int64_t token_logprobs_scratch_bytes(const TokenLogprobsArgs&, const Exec&);
+void token_logprobs(const TokenLogprobsArgs&, const Exec&);
+}  // namespace cuda
 
 }  // namespace fastdecode

@@ -54,7 +54,7 @@ void token_logprobs(const TokenLogprobsArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::token_logprobs_scratch_bytes(const TokenLogprobsArgs& a, const Exec& ex) {
+int64_t fastdecode::cpu::token_logprobs_scratch_bytes(const TokenLogprobsArgs& a, const Exec& ex) {
   return FD_ISA::num_slots(FD_ISA::num_rows(a), a.vocab_size, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype);
 }
 #endif

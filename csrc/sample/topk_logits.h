@@ -21,10 +21,13 @@ struct TopkLogitsArgs {
   DType dtype;
 };
 
-int64_t topk_logits_scratch_bytes(const TopkLogitsArgs&, const Exec&);
-
 namespace cpu {
+int64_t topk_logits_scratch_bytes(const TopkLogitsArgs&, const Exec&);
 void topk_logits(const TopkLogitsArgs&, const Exec&);
-}
+}  // namespace cpu
+namespace cuda {
+int64_t topk_logits_scratch_bytes(const TopkLogitsArgs&, const Exec&);
+void topk_logits(const TopkLogitsArgs&, const Exec&);
+}  // namespace cuda
 
 }  // namespace fastdecode

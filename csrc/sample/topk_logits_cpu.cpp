@@ -40,7 +40,7 @@ void topk_logits(const TopkLogitsArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::topk_logits_scratch_bytes(const TopkLogitsArgs& a, const Exec& ex) {
+int64_t fastdecode::cpu::topk_logits_scratch_bytes(const TopkLogitsArgs& a, const Exec& ex) {
   return FD_ISA::num_slots(a.batch * a.rows, a.vocab_size, ex) * FD_ISA::row_scratch_bytes(a.vocab_size, a.dtype);
 }
 #endif

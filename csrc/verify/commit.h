@@ -21,8 +21,10 @@ struct CommitArgs {
   int64_t batch, K1, num_stops;
   int64_t token_stride, stop_stride;  // elements between requests
 };
-
 namespace cpu {
+void commit(const CommitArgs&, const Exec&);
+}
+namespace cuda {
 void commit(const CommitArgs&, const Exec&);
 }
 

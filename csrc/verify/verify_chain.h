@@ -57,10 +57,13 @@ struct VerifyChainArgs {
   DType draft_dtype;  // `dtype`, or the type rows of `dtype` are computed in (float; double for double)
 };
 
-int64_t verify_chain_scratch_bytes(const VerifyChainArgs&, const Exec&);
-
 namespace cpu {
+int64_t verify_chain_scratch_bytes(const VerifyChainArgs&, const Exec&);
 void verify_chain(const VerifyChainArgs&, const Exec&);
-}
+}  // namespace cpu
+namespace cuda {
+int64_t verify_chain_scratch_bytes(const VerifyChainArgs&, const Exec&);
+void verify_chain(const VerifyChainArgs&, const Exec&);
+}  // namespace cuda
 
 }  // namespace fastdecode

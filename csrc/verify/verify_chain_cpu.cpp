@@ -495,7 +495,7 @@ void verify_chain(const VerifyChainArgs& a, const Exec& ex) {
 }  // namespace fastdecode::FD_ISA
 
 #if FD_CPU_LEVEL == 1
-int64_t fastdecode::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec& ex) {
+int64_t fastdecode::cpu::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec& ex) {
   const auto verdicts = FD_ISA::judges_first(a, ex) ? a.batch * a.K * static_cast<int64_t>(sizeof(FD_ISA::Verdict)) : 0;
   return FD_ISA::num_buffers(a, ex) * FD_ISA::buffer_bytes(a) + verdicts;
 }

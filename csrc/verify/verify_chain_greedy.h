@@ -24,8 +24,10 @@ struct VerifyChainGreedyArgs {
   int64_t batch, K;                     // either may be 0
   int64_t draft_stride, target_stride;  // elements between rows; last dim contiguous; 0 allowed
 };
-
 namespace cpu {
+void verify_chain_greedy(const VerifyChainGreedyArgs&, const Exec&);
+}
+namespace cuda {
 void verify_chain_greedy(const VerifyChainGreedyArgs&, const Exec&);
 }
 

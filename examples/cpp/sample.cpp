@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
                      .vocab_size = vocab_size,
                      .batch_stride = vocab_size,
                      .dtype = DType::kFloat32};
-  std::vector<std::byte> scratch(row_stats_scratch_bytes(stats, exec));
+  std::vector<std::byte> scratch(cpu::row_stats_scratch_bytes(stats, exec));
   stats.scratch = scratch.data();
   cpu::row_stats(stats, exec);
 
@@ -49,7 +49,7 @@ int main(int argc, char** argv) {
                   .vocab_size = vocab_size,
                   .batch_stride = vocab_size,
                   .dtype = DType::kFloat32};
-  scratch.resize(sample_scratch_bytes(draw, exec));
+  scratch.resize(cpu::sample_scratch_bytes(draw, exec));
   draw.scratch = scratch.data();
   cpu::sample(draw, exec);
 

@@ -260,7 +260,7 @@ Bytes run_row_stats(const Case& c, const Exec& exec) {
                     .batch_stride = logits.batch_stride,
                     .row_stride = logits.row_stride,
                     .dtype = c.dtype};
-  Bytes scratch(row_stats_scratch_bytes(args, exec));
+  Bytes scratch(cpu::row_stats_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   cpu::row_stats(args, exec);
   return out.all();
@@ -301,7 +301,7 @@ Bytes run_penalize(const Case& c, const Exec& exec) {
                     .token_stride = tokens.stride,
                     .draft_stride = drafts.stride,
                     .dtype = c.dtype};
-  Bytes scratch(penalize_scratch_bytes(args, exec), c.before);
+  Bytes scratch(cpu::penalize_scratch_bytes(args, exec), c.before);
   args.scratch = scratch.data();
   cpu::penalize(args, exec);
   return out.all();
@@ -365,7 +365,7 @@ Bytes run_topk_logits(const Case& c, const Exec& exec) {
                       .batch_stride = logits.batch_stride,
                       .row_stride = logits.row_stride,
                       .dtype = c.dtype};
-  Bytes scratch(topk_logits_scratch_bytes(args, exec));
+  Bytes scratch(cpu::topk_logits_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   cpu::topk_logits(args, exec);
   return out.all();
@@ -391,7 +391,7 @@ Bytes run_target_probs(const Case& c, const Exec& exec) {
                        .batch_stride = flat ? 0 : logits.batch_stride,
                        .row_stride = flat ? logits.batch_stride : logits.row_stride,
                        .dtype = c.dtype};
-  Bytes scratch(target_probs_scratch_bytes(args, exec));
+  Bytes scratch(cpu::target_probs_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   cpu::target_probs(args, exec);
   return out.all();
@@ -417,7 +417,7 @@ Bytes run_sample(const Case& c, const Exec& exec) {
                   .stream = kStreamUser,
                   .node = (1 << 24) - 1,
                   .dtype = c.dtype};
-  Bytes scratch(sample_scratch_bytes(args, exec));
+  Bytes scratch(cpu::sample_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   cpu::sample(args, exec);
   return out.all();
@@ -453,7 +453,7 @@ Bytes run_token_logprobs(const Case& c, const Exec& exec) {
                          .row_stride = flat ? logits.batch_stride : logits.row_stride,
                          .token_stride = flat ? 1 : tokens.stride,
                          .dtype = c.dtype};
-  Bytes scratch(token_logprobs_scratch_bytes(args, exec));
+  Bytes scratch(cpu::token_logprobs_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   cpu::token_logprobs(args, exec);
   return out.all();
@@ -545,7 +545,7 @@ Bytes run_verify_chain(const Case& c, const Exec& exec) {
                        .target_row_stride = v.flat ? target.batch_stride : target.row_stride,
                        .dtype = c.dtype,
                        .draft_dtype = draft_dtype};
-  Bytes scratch(verify_chain_scratch_bytes(args, exec));
+  Bytes scratch(cpu::verify_chain_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   cpu::verify_chain(args, exec);
   return out.all();
@@ -714,7 +714,7 @@ void break_contract(const std::string& how, int32_t level) {
   args.logsumexp = &values[2], args.entropy = &values[3], args.status = &status;
   args.batch = args.rows = 1, args.dtype = DType::kFloat32;
   args.vocab_size = how == "overrun" ? 66 : 64;
-  Bytes scratch(row_stats_scratch_bytes(args, exec));
+  Bytes scratch(cpu::row_stats_scratch_bytes(args, exec));
   args.scratch = scratch.data();
   cpu::row_stats(args, exec);
 }

@@ -1,0 +1,48 @@
+# CUDA kernels: every *_cuda.cu by nvcc, into FD_CUDA_OBJECTS. FASTDECODE_CUDA is ON, OFF, or AUTO: where nvcc is found and
+# FD_CUDA_WANTED, which the including file sets, holds.
+set(FASTDECODE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF, or AUTO = where nvcc is found and torch was built for CUDA")
+set(FD_HAS_CUDA OFF)
+if(FASTDECODE_CUDA STREQUAL "AUTO")
+  if(FD_CUDA_WANTED)
+    include(CheckLanguage)
+    check_language(CUDA)
+    if(CMAKE_CUDA_COMPILER)
+      set(FD_HAS_CUDA ON)
+    else()
+      message(STATUS "no nvcc: building without CUDA kernels")
+    endif()
+  endif()
+elseif(FASTDECODE_CUDA)
+  set(FD_HAS_CUDA ON)
+endif()
+if(NOT FD_HAS_CUDA)
+  return()
+endif()
+
+# The GPU at hand; without one, Hopper. Wheels: -DCMAKE_CUDA_ARCHITECTURES="80-real;90-real;100-real;120"
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE FD_GPUS OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  string(REGEX REPLACE "[^0-9\n]" "" FD_GPUS "${FD_GPUS}")
+  string(REPLACE "\n" ";" FD_GPUS "${FD_GPUS}")
+  list(REMOVE_DUPLICATES FD_GPUS)
+  if(FD_GPUS)
+    list(TRANSFORM FD_GPUS APPEND "-real")
+    set(CMAKE_CUDA_ARCHITECTURES ${FD_GPUS})
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 90-real)
+  endif()
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+message(STATUS "CUDA ${CUDAToolkit_VERSION}, architectures ${CMAKE_CUDA_ARCHITECTURES}")
+
+file(GLOB FD_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*_cuda.cu)
+add_library(fd_cuda OBJECT ${FD_CUDA_SOURCES})
+# CMake 3.25 knows no C++20 for every nvcc. An a*b+c is fused where fmath.h says so and nowhere else, as on the CPU.
+set_target_properties(fd_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+target_include_directories(fd_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+target_compile_options(fd_cuda PRIVATE
+  -fmad=false --expt-relaxed-constexpr --expt-extended-lambda -lineinfo -Xptxas=-v,-warn-spills -Werror=all-warnings
+  -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=)
+set(FD_CUDA_OBJECTS $<TARGET_OBJECTS:fd_cuda>)

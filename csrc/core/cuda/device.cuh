@@ -1,0 +1,39 @@
+// The words that kernels are written in: CUDA's own under nvcc; under the host's compiler csrc/simt gives them the same
+// meaning and runs them. Launches and shared memory are macros, so that both can.
+//   FD_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, arguments...)
+//   FD_SHARED(Type, name): a trivially constructible struct, one per block and place in the program
+//   FD_DYNAMIC_SHARED(Type, name): Type* to the launch's shared_bytes, aligned to 16
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu_level.h"
+#include "core/exec.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#define FD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define FD_SHARED(Type, name) __shared__ Type name
+#define FD_DYNAMIC_SHARED(Type, name)                                 \
+  extern __shared__ __align__(16) unsigned char fd_dynamic_shared[]; \
+  Type* const name = reinterpret_cast<Type*>(fd_dynamic_shared)
+
+#else
+
+#include "simt/cuda.h"
+
+#endif
+
+namespace fastdecode::FD_ISA {
+
+inline constexpr int kWarp = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
+__device__ inline int num_warps() { return static_cast<int>(blockDim.x / kWarp); }
+
+}  // namespace fastdecode::FD_ISA
