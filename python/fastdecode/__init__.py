@@ -5,6 +5,9 @@ from . import _lib
 _lib.load()
 
 from . import ops  # noqa: E402
+
+_lib.refuse_cuda(ops.__all__)
+
 from ._host import Bonus, FinishReason, Order, Rule, Status, Stream  # noqa: E402
 from .drafters import Context, Drafter, PromptLookup, SmallModel  # noqa: E402
 from .generation import generate, splitmix64, stream  # noqa: E402

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastdecode import runtime
+from fastdecode import _lib, ops, runtime
 from fastdecode.methods import METHODS, RULES
 from fastdecode.models import load_model
 
@@ -63,7 +64,13 @@ def test_doctor(cli, shipped, monkeypatch, tmp_path):
     assert report["cpu"]["usable"] == len(os.sched_getaffinity(0))
     assert report["read_bandwidth"] == {"gb_per_s": 12.3}
     assert report["checkpoints"] == {"tiny-code": True, "tiny-code-draft": True}
-    assert report["cuda"]["kernels"] == "not built"
+    assert report["cuda"] == {
+        "kernels": "built" if _lib.cuda_library() else "not built",
+        "torch": torch.version.cuda or "none",
+        "gpus": report["cuda"]["gpus"],
+        "host_simulation": "built" if _lib.simt_library() else "not built",
+    }
+    assert len(report["cuda"]["gpus"]) == torch.cuda.device_count()
 
     monkeypatch.setattr("fastdecode.cli.doctor.CHECKPOINTS", tmp_path)
     text = cli("doctor")
@@ -72,6 +79,50 @@ def test_doctor(cli, shipped, monkeypatch, tmp_path):
     monkeypatch.setattr("fastdecode.cli.doctor._version", lambda package: None)
     text = cli("doctor")
     assert text.code == 1 and "rich is not installed: pip install 'fastdecode[cli]'" in text.out
+
+
+@pytest.mark.parametrize(
+    "drawn, problem",
+    [
+        (0, "sample gives 0 on cuda:0 and "),
+        (
+            RuntimeError("sample: CUDA: no kernel image is available\nmore"),
+            "cuda:0: sample: CUDA: no kernel image is av",
+        ),
+        (None, None),
+    ],
+    ids=["wrong", "not built for this GPU", "right"],
+)
+def test_doctor_tries_the_gpu(monkeypatch, drawn, problem):
+    """On a machine that says it has one: the tensors stay on the CPU, and what the GPU gives is made up."""
+    from fastdecode.cli import doctor
+
+    class Cuda:
+        is_available, device_count = (lambda: True), (lambda: 1)
+        get_device_capability, get_device_name = (lambda index: (9, 0)), (lambda index: "NVIDIA H200")
+
+    asked = []
+    original = ops.sample
+
+    def sample(logits, **options):
+        asked.append(logits.device)
+        if logits.device.type == "meta":
+            if isinstance(drawn, Exception):
+                raise drawn
+            right = original(torch.linspace(-3, 3, 5000).sin()[None], **options)
+            return right if drawn is None else right._replace(tokens=torch.tensor([drawn]))
+        return original(logits, **options)
+
+    monkeypatch.setattr(torch, "cuda", Cuda)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: torch.empty_like(tensor, device="meta"))
+    monkeypatch.setattr(doctor.ops, "sample", sample)
+    monkeypatch.setattr(_lib, "cuda_library", lambda: Path("_C_cuda.so"))
+    monkeypatch.setattr(_lib, "cuda_is_loaded", lambda: True)
+    problems, advice = [], []
+    report = doctor._cuda(problems, advice)
+    assert report["gpus"] == ["NVIDIA H200 (sm_90)"] and report["kernels"] == "built"
+    assert torch.device("meta") in asked
+    assert problems == [] if problem is None else problem in problems[0] and len(problems) == 1
 
 
 def test_doctor_tells_who_chose_the_level(cli, shipped, monkeypatch):

@@ -554,6 +554,7 @@ def test_rows_are_independent(ops, check_rows_independent, dtype):
             )
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 70, torch.float32)
     filters = filter_sets(3, 70)["all, joint"]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import fastdecode
 from support import check_op, generator, raises
 
 SHAPES = [(0, 64), (1, 1), (3, 7), (63, 64), (64, 65), (65, 1), (128, 257), (320, 192), (4097, 33), (70, 0)]
@@ -31,17 +30,14 @@ def test_equals_the_float64_product(ops, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_has_the_same_bits_in_any_company(ops, dtype):
-    x, w, _, _ = inputs(16, 1500, 200, dtype)
+def test_a_row_has_the_same_bits_in_any_company(backend, dtype):
+    ops, (x, w, _, _) = backend.ops, inputs(16, 1500, 200, dtype)
     packed = ops.pack_weight(w)
     expected = ops.linear(x, packed, 1500)
-    for level in fastdecode.cpu_levels():
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with fastdecode.set_cpu_level(level):
-                for rows in (1, 2, 5, 6, 13):
-                    assert torch.equal(ops.linear(x[:rows], packed, 1500), expected[:rows]), (level, threads, rows)
-                assert torch.equal(ops.linear(x.flip(0), packed, 1500), expected.flip(0))
+    for variant in backend.variants():
+        for rows in (1, 2, 5, 6, 13):
+            assert torch.equal(ops.linear(x[:rows], packed, 1500), expected[:rows]), (variant, rows)
+        assert torch.equal(ops.linear(x.flip(0), packed, 1500), expected.flip(0)), variant
 
 
 def test_rows_may_be_views(ops):
@@ -89,6 +85,7 @@ def test_messages(ops):
         ops.linear(x, packed, 70, residual=bias)
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     x, w, bias, residual = inputs(3, 70, 8, torch.float32)
     packed = ops.pack_weight(w)

@@ -132,6 +132,7 @@ def test_empty_batch(ops):
         assert all(o.shape == shape[:-1] for o in ops.row_stats(torch.zeros(shape)))
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 33, torch.float32)
     active = torch.tensor([True, False, True])
@@ -140,6 +141,7 @@ def test_opcheck_and_compile(ops):
 
 
 @pytest.mark.slow
+@pytest.mark.backends("cpu", "cuda")
 def test_inductor(ops):
     logits = rows("normal", 3, 33, torch.float32)
     check_op(lambda: ops.row_stats(logits), inductor=True)

@@ -102,7 +102,7 @@ def test_golden_vectors(ops, cpu_level):
             assert tokens.tolist() == [case["token"]] and status.tolist() == [0], case
 
 
-def test_golden_vectors_are_the_references(ops):
+def test_golden_vectors_are_the_references():
     for case in golden_cases():
         row = reference.law(golden_logits(case).numpy(), reference.Filters(**case["filters"]), np.float32)
         noise = rng.row_noise(case["seed"], case["offset"], case["vocab_size"], case["stream"], case["node"])
@@ -331,6 +331,7 @@ def test_empty_batch(ops):
     assert tokens.shape == status.shape == (0,)
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 33, torch.float32)
     everything = {
@@ -351,6 +352,7 @@ def test_opcheck_and_compile(ops):
 
 
 @pytest.mark.slow
+@pytest.mark.backends("cpu", "cuda")
 def test_inductor(ops):
     logits, keys = rows("normal", 3, 33, torch.float32), seeds(3)
     check_op(lambda: ops.sample(logits, **keys, top_k=4), inductor=True)

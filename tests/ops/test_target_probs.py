@@ -201,6 +201,7 @@ def test_offset_needs_min_lengths(ops):
         ops.target_probs(torch.zeros(1, 4), offset=torch.tensor([3]))
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 33, torch.float32)
     everything = {
@@ -220,6 +221,7 @@ def test_opcheck_and_compile(ops):
 
 
 @pytest.mark.slow
+@pytest.mark.backends("cpu", "cuda")
 def test_inductor(ops):
     logits = rows("normal", 3, 33, torch.float32)
     check_op(lambda: ops.target_probs(logits, top_p=torch.full((3,), 0.9)), inductor=True)

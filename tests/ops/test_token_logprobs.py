@@ -166,6 +166,7 @@ def test_empty_batch(ops):
     assert [tuple(o.shape) for o in out] == [(0, 3), (0, 3, 2), (0, 3, 2), (0, 3)]
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 3, 33, torch.float32)
     tokens = torch.tensor([3, -1, 32])
@@ -189,6 +190,7 @@ def test_opcheck_and_compile(ops):
 
 
 @pytest.mark.slow
+@pytest.mark.backends("cpu", "cuda")
 def test_inductor(ops):
     logits, tokens = rows("normal", 3, 33, torch.float32), torch.tensor([3, -1, 32])
     check_op(lambda: ops.token_logprobs(logits, tokens, top=2), inductor=True)

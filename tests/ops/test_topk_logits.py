@@ -114,6 +114,7 @@ def test_k_outside_the_vocabulary(ops, k):
         ops.topk_logits(torch.zeros(2, 6), k)
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     logits = rows("normal", 6, 33, torch.float32)
     check_op(lambda: ops.topk_logits(logits, 4))

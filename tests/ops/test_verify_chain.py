@@ -380,6 +380,7 @@ def test_rule_by_enum(ops):
     assert_same(tuple(ops.verify_chain(**chosen)), tuple(by_enum))
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     inputs = random_inputs(3, 2, 9, torch.float32, seed=16)
     extra = {
@@ -404,6 +405,7 @@ def test_opcheck_and_compile(ops):
 
 
 @pytest.mark.slow
+@pytest.mark.backends("cpu", "cuda")
 def test_inductor(ops):
     chosen = options(random_inputs(3, 2, 9, torch.float32, seed=16), "filtered", "seed")
     check_op(lambda: ops.verify_chain(**chosen), inductor=True)

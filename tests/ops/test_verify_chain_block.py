@@ -275,6 +275,7 @@ def test_arguments(ops):
             ops.verify_chain(**chosen | keys | wrong)
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     inputs = random_inputs(3, 2, 9, torch.float32, seed=16)
     extra = {"active": torch.tensor([True, False, True]), "emit_bonus": False, "order": "joint"}

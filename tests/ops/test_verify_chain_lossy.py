@@ -403,6 +403,7 @@ def test_min_lengths_move_with_the_row(ops):
         assert out.tokens.tolist() == [[0, 0, 1]], rule
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     inputs = random_inputs(3, 2, 9, torch.float32, seed=16)
     extra = {"active": torch.tensor([True, False, True]), "emit_bonus": False}

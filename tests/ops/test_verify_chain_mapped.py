@@ -319,6 +319,7 @@ def test_arguments(ops):
             ops.verify_chain(**made | wrong)
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_opcheck_and_compile(ops):
     inputs = mapped_inputs(3, 2, 9, 5, torch.float32, seed=74)
     for name in ("block, probs", "typical, filtered"):

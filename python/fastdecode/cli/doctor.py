@@ -60,7 +60,7 @@ def examine() -> tuple[dict[str, Any], list[str], list[str]]:
             "threads": _threads(cpus, advice),
             "read_bandwidth": {"gb_per_s": round(_read_bandwidth(cpus), 1)},
             "checkpoints": _checkpoints(problems),
-            "cuda": _cuda(advice),
+            "cuda": _cuda(problems, advice),
         }
     best = runtime.cpu_levels()[-1]
     if _forced_level() and runtime.cpu_level() != best:
@@ -74,7 +74,7 @@ def _line(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_line(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "none"
     return {None: "missing", True: "yes", False: "no"}.get(value, str(value)) if not _is_number(value) else f"{value:g}"
 
 
@@ -176,9 +176,32 @@ def _checkpoints(problems: list[str]) -> dict[str, bool]:
     return found
 
 
-def _cuda(advice: list[str]) -> dict[str, Any]:
-    built = (_lib.folder() / "_C_cuda.so").is_file()
-    available = torch.cuda.is_available()
+def _cuda(problems: list[str], advice: list[str]) -> dict[str, Any]:
+    """Which kernels were built, and whether one of them runs on each GPU."""
+    built, available = _lib.cuda_library() is not None, torch.cuda.is_available()
     if available and not built:
-        advice.append("there is a GPU, but this fastdecode has CPU kernels only")
-    return {"kernels": "built" if built else "not built", "torch": torch.version.cuda or "none", "gpu": available}
+        advice.append(f"there is a GPU, but {_lib.NO_CUDA}")
+    if built and torch.version.cuda is None:
+        advice.append("the CUDA kernels are not used: this torch was built without CUDA")
+    gpus = []
+    for index in range(torch.cuda.device_count()) if available else ():
+        major, minor = torch.cuda.get_device_capability(index)
+        gpus.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+        if _lib.cuda_is_loaded():
+            problems.extend(_broken_gpu(index))
+    return {
+        "kernels": "built" if built else "not built",
+        "torch": torch.version.cuda or "none",
+        "gpus": gpus,
+        "host_simulation": "built" if _lib.simt_library() is not None else "not built",
+    }
+
+
+def _broken_gpu(index: int) -> list[str]:
+    logits = torch.linspace(-3, 3, 5000).sin()[None]
+    try:
+        drawn = ops.sample(logits.to(f"cuda:{index}"), top_p=0.9, seed=1, offset=7).tokens.item()
+    except RuntimeError as error:  # built for another architecture, say
+        return [f"the CUDA kernels do not run on cuda:{index}: {str(error).splitlines()[0]}"]
+    expected = ops.sample(logits, top_p=0.9, seed=1, offset=7).tokens.item()
+    return [] if drawn == expected else [f"sample gives {drawn} on cuda:{index} and {expected} on the CPU"]
