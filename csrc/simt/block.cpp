@@ -1,0 +1,290 @@
+// The scheduler: which thread runs next, block barriers, the life of a block.
+#include "simt/block.h"
+
+#include <algorithm>
+#include <bit>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <numeric>
+
+namespace fastdecode::simt {
+
+Grid grid;
+Thread* current = nullptr;
+int switches_until_yield = 0;
+
+namespace {
+
+constexpr uint64_t kMaxIdle = uint64_t{1} << 28;  // a few seconds
+
+Fiber main_fiber;
+bool main_switched = false;  // the running fiber was entered from the main stack
+std::unique_ptr<Block> blocks[kMaxLiveBlocks];
+void (*kernel_body)(void*);
+void* kernel_context;
+std::string failure;  // the first fault of the launch
+
+uint32_t random_bits() {
+  grid.random += 0xa0761d6478bd642fu;  // wyrand
+  const unsigned __int128 m = static_cast<unsigned __int128>(grid.random) * (grid.random ^ 0xe7037ed1a0b428dbu);
+  return static_cast<uint32_t>(static_cast<uint64_t>(m >> 64) ^ static_cast<uint64_t>(m));
+}
+
+// A member of a non-empty subset of [0, size): the first from a random place on. 8 random bits.
+int choose(uint32_t set, int size, uint32_t random) {
+  const uint32_t from = set & (~0u << ((random & 255) * static_cast<uint32_t>(size) >> 8));
+  return std::countr_zero(from ? from : set);
+}
+
+void new_mood() {
+  const uint32_t r = random_bits();
+  grid.keep_warp = r >> 31;
+  grid.keep_block = (r >> 30) & 1;
+}
+
+// Takes a runnable thread; nullptr if there is none. Mostly random; `keep_*` lets one warp or block run far ahead.
+Thread* take(Block* block, Warp* warp) {
+  if (!grid.runnable) return nullptr;
+  const uint32_t r = random_bits();
+  if (!(grid.keep_block && block && block->runnable)) {
+    Block* const other = blocks[choose(grid.runnable, grid.live, r >> 24)].get();
+    if (other != block) warp = nullptr;
+    block = other;
+  }
+  if (!(grid.keep_warp && warp && warp->runnable))
+    warp = &block->warps[choose(block->runnable, block->num_warps, r >> 16)];
+  const int lane = choose(warp->runnable, kWarpSize, r >> 8);
+  warp->runnable &= ~(1u << lane);
+  if (!warp->runnable) block->runnable &= ~(1u << (warp - block->warps));
+  if (!block->runnable) grid.runnable &= ~(1u << block->slot);
+  return &warp->threads[lane];
+}
+
+void switch_thread() {
+  Thread& me = *current;
+  Thread* const next = take(me.block, me.warp);
+  if (next == &me) return;
+  current = next;
+  switch_fiber(me.fiber, next->fiber);
+}
+
+std::string located(const std::string& what, const Thread& thread) {
+  return std::string(grid.kernel) + ", " + describe(thread) + ": " + what;
+}
+
+void check_exit(Thread& me) {
+  Block& block = *me.block;
+  if (block.waiting) {
+    fault("divergence: it exits while " + std::to_string(block.waiting) + " threads of its block wait in " +
+          name(block.call) + " (" + describe(block.site) + ")");
+  }
+  if (me.warp->claimed >> me.lane & 1) {
+    uint32_t waiting = me.warp->waiting;
+    for (; waiting; waiting &= waiting - 1) {
+      const Thread& other = me.warp->threads[std::countr_zero(waiting)];
+      if (other.mask >> me.lane & 1) {
+        fault("divergence: it exits while lane " + std::to_string(other.lane) + " " + describe_wait(other) + " for it");
+      }
+    }
+  }
+}
+
+// The body of every fiber.
+void run_thread() {
+  fiber_entered(main_switched ? &main_fiber : nullptr);
+  main_switched = false;
+  Thread& me = *current;
+  Block& block = *me.block;
+  try {
+    kernel_body(kernel_context);
+    check_exit(me);
+    me.warp->exited |= 1u << me.lane;
+    ++block.exited;
+    grid.idle = 0;
+    if (block.exited < block.size && !block.runnable) stuck(block);
+  } catch (const Error& e) {
+    failure = e.what();
+  } catch (const std::exception& e) {
+    failure = located(std::string("exception: ") + e.what(), me);
+  } catch (...) {
+    failure = located("exception of an unknown type", me);
+  }
+  // A finished block's stacks are used again: not from one of them.
+  Thread* const next = failure.empty() && block.exited < block.size ? take(&block, me.warp) : nullptr;
+  current = next;
+  switch_fiber(me.fiber, next ? next->fiber : main_fiber, /*last=*/true);
+  std::terminate();
+}
+
+void start_block(int slot, uint64_t number) {
+  Block& block = *blocks[slot];
+  const dim3 n = grid.block_size;
+  block.index = {static_cast<unsigned>(number % grid.size.x), static_cast<unsigned>(number / grid.size.x % grid.size.y),
+                 static_cast<unsigned>(number / grid.size.x / grid.size.y)};
+  block.slot = slot;
+  block.size = static_cast<int>(n.x * n.y * n.z);
+  block.num_warps = (block.size + kWarpSize - 1) / kWarpSize;
+  block.exited = block.waiting = 0;
+  block.runnable = 0;
+  new_mood();
+  start_shared(block);
+  for (int t = 0; t < block.size; ++t) {
+    Thread& thread = block.threads[t];
+    const auto i = static_cast<unsigned>(t);
+    thread.index = {i % n.x, i / n.x % n.y, i / n.x / n.y};
+    thread.block = &block;
+    thread.warp = &block.warps[t / kWarpSize];
+    thread.lane = t % kWarpSize;
+    thread.call = Call::kNone;
+    thread.open_group = 0;
+    thread.copies.clear();
+    prepare(thread.fiber, slot * kMaxThreads + t, run_thread);
+  }
+  for (int w = 0; w < block.num_warps; ++w) {
+    const int lanes = std::min(kWarpSize, block.size - w * kWarpSize);
+    Warp& warp = block.warps[w];
+    warp.threads = &block.threads[w * kWarpSize];
+    warp.exists = lanes == kWarpSize ? ~0u : (1u << lanes) - 1;
+    warp.runnable = warp.waiting = warp.exited = warp.claimed = 0;
+    mark_runnable(warp, warp.exists);
+  }
+}
+
+void check_launch(const char* kernel, dim3 size, dim3 block, size_t shared_bytes) {
+  auto check = [&](bool good, const char* what, dim3 got, const char* expected) {
+    if (good) return;
+    throw Error(std::string(kernel) + ": " + what + ": expected " + expected + ", got (" + std::to_string(got.x) +
+                ", " + std::to_string(got.y) + ", " + std::to_string(got.z) + ")");
+  };
+  check(size.x && size.y && size.z && size.x <= 0x7fffffffu && size.y <= 65535 && size.z <= 65535, "grid", size,
+        "(1..2147483647, 1..65535, 1..65535)");
+  check(block.x && block.y && block.z && block.z <= 64 && uint64_t{block.x} * block.y <= kMaxThreads &&
+            block.x * block.y * block.z <= kMaxThreads,
+        "block", block, "1..1024 threads, at most 64 in z");
+  if (shared_bytes > kMaxShared) {
+    throw Error(std::string(kernel) + ": dynamic shared memory: expected at most " + std::to_string(kMaxShared) +
+                " bytes, got " + std::to_string(shared_bytes));
+  }
+}
+
+}  // namespace
+
+void mark_runnable(Warp& warp, uint32_t lanes) {
+  Block& block = *warp.threads->block;
+  warp.runnable |= lanes;
+  block.runnable |= 1u << (&warp - block.warps);
+  grid.runnable |= 1u << block.slot;
+}
+
+void park() {
+  if (!current->block->runnable) stuck(*current->block);
+  switch_thread();
+}
+
+void yield() {
+  const uint32_t r = random_bits();
+  switches_until_yield = static_cast<int>(r & 7);
+  if ((r >> 3 & 7) == 0) new_mood();
+  if (++grid.idle > kMaxIdle) fault("livelock: no thread got any further while this one repeats atomics or fences");
+  Thread& me = *current;
+  mark_runnable(*me.warp, 1u << me.lane);
+  switch_thread();
+}
+
+uint64_t block_barrier(Call call, uint64_t value, Site site) {
+  Thread& me = *current;
+  Block& block = *me.block;
+  if (call == Call::kSyncThreads && skipped(call, site)) {
+    yield();
+    return 0;
+  }
+  me.call = call;
+  me.site = site;
+  if (block.exited) {
+    fault("divergence: it waits in " + std::string(name(call)) + " (" + describe(site) + "), but " +
+          std::to_string(block.exited) + " threads of its block have exited");
+  }
+  if (!block.waiting) {
+    block.call = call;
+    block.site = site;
+    block.gathered = call == Call::kSyncThreadsAnd;
+  } else if (block.call != call || !(block.site == site)) {
+    fault("divergence: it waits in " + std::string(name(call)) + " (" + describe(site) + ") while " +
+          std::to_string(block.waiting) + " threads of its block wait in " + name(block.call) + " (" +
+          describe(block.site) + ")");
+  }
+  if (call == Call::kSyncThreadsCount) block.gathered += value;
+  if (call == Call::kSyncThreadsAnd) block.gathered &= value;
+  if (call == Call::kSyncThreadsOr) block.gathered |= value;
+  if (++block.waiting < block.size) {
+    park();
+  } else {
+    block.waiting = 0;
+    block.result = block.gathered;  // nobody is still to read the last one: all have arrived here since
+    grid.idle = 0;
+    new_mood();
+    for (int w = 0; w < block.num_warps; ++w) mark_runnable(block.warps[w], block.warps[w].exists);
+    switch_thread();
+  }
+  me.call = Call::kNone;
+  return block.result;
+}
+
+void fault(const std::string& what, const Thread* thread) { throw Error(thread ? located(what, *thread) : what); }
+
+void run_grid(const char* kernel, dim3 size, dim3 block_size, size_t shared_bytes, void (*body)(void*), void* context) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  check_launch(kernel, size, block_size, shared_bytes);
+  const Config settings = config();
+  const uint64_t count = uint64_t{size.x} * size.y * size.z;
+  const int live = static_cast<int>(std::min<uint64_t>(count, std::clamp(settings.live_blocks, 1, kMaxLiveBlocks)));
+  grid.kernel = kernel;
+  grid.size = size;
+  grid.block_size = block_size;
+  grid.shared_bytes = shared_bytes;
+  ++grid.launch;
+  grid.random = settings.seed * 0x9e3779b97f4a7c15u;
+  grid.poison = settings.poison ? 0xff : 0x7b;
+  grid.live = live;
+  grid.runnable = 0;
+  grid.idle = 0;
+  kernel_body = body;
+  kernel_context = context;
+  failure.clear();
+  main_fiber = {};
+  new_mood();
+  switches_until_yield = 0;
+
+  for (int slot = 0; slot < live; ++slot) {
+    if (!blocks[slot]) blocks[slot] = std::make_unique<Block>();
+  }
+  begin_shared_launch();
+  // Blocks start in the order (first + i * step) mod count, which meets all when step and count have no common factor.
+  const uint64_t first = random_bits() % count;
+  uint64_t step = random_bits() % count;
+  while (std::gcd(step, count) != 1) ++step;
+  uint64_t started = 0;
+  auto start = [&](int slot) { start_block(slot, (first + started++ * (step % count)) % count); };
+  for (int slot = 0; slot < live; ++slot) start(slot);
+  while (grid.runnable) {
+    current = take(nullptr, nullptr);
+    main_switched = true;
+    switch_fiber(main_fiber, current->fiber);
+    main_switched = false;
+    if (!failure.empty()) {
+      for (int i = 0; i < live * kMaxThreads; ++i) {
+        if (i % kMaxThreads < blocks[i / kMaxThreads]->size) {
+          ASAN_UNPOISON_MEMORY_REGION(stack_bottom(i), kStackBytes);  // frames that nothing left
+        }
+      }
+      throw Error(failure);
+    }
+    for (int slot = 0; slot < live && started < count; ++slot) {
+      if (blocks[slot]->exited == blocks[slot]->size) start(slot);
+    }
+  }
+}
+
+}  // namespace fastdecode::simt
