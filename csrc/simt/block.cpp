@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -19,7 +20,6 @@ namespace {
 constexpr uint64_t kMaxIdle = uint64_t{1} << 28;  // a few seconds
 
 Fiber main_fiber;
-bool main_switched = false;  // the running fiber was entered from the main stack
 std::unique_ptr<Block> blocks[kMaxLiveBlocks];
 void (*kernel_body)(void*);
 void* kernel_context;
@@ -69,22 +69,18 @@ void switch_thread() {
   switch_fiber(me.fiber, next->fiber);
 }
 
-std::string located(const std::string& what, const Thread& thread) {
-  return std::string(grid.kernel) + ", " + describe(thread) + ": " + what;
-}
-
 void check_exit(Thread& me) {
   Block& block = *me.block;
   if (block.waiting) {
-    fault("divergence: it exits while " + std::to_string(block.waiting) + " threads of its block wait in " +
-          name(block.call) + " (" + describe(block.site) + ")");
+    fault("divergence: it exits while ", block.waiting, " threads of its block wait in ", block.call, " (", block.site,
+          ")");
   }
   if (me.warp->claimed >> me.lane & 1) {
     uint32_t waiting = me.warp->waiting;
     for (; waiting; waiting &= waiting - 1) {
       const Thread& other = me.warp->threads[std::countr_zero(waiting)];
       if (other.mask >> me.lane & 1) {
-        fault("divergence: it exits while lane " + std::to_string(other.lane) + " " + describe_wait(other) + " for it");
+        fault("divergence: it exits while lane ", other.lane, " ", waits(other), " for it");
       }
     }
   }
@@ -92,8 +88,7 @@ void check_exit(Thread& me) {
 
 // The body of every fiber.
 void run_thread() {
-  fiber_entered(main_switched ? &main_fiber : nullptr);
-  main_switched = false;
+  fiber_entered(main_fiber);
   Thread& me = *current;
   Block& block = *me.block;
   try {
@@ -106,7 +101,7 @@ void run_thread() {
   } catch (const Error& e) {
     failure = e.what();
   } catch (const std::exception& e) {
-    failure = located(std::string("exception: ") + e.what(), me);
+    failure = located(text("exception: ", e.what()), me);
   } catch (...) {
     failure = located("exception of an unknown type", me);
   }
@@ -151,11 +146,10 @@ void start_block(int slot, uint64_t number) {
   }
 }
 
-void check_launch(const char* kernel, dim3 size, dim3 block, size_t shared_bytes) {
+void check_launch(const std::string& kernel, dim3 size, dim3 block, size_t shared_bytes) {
   auto check = [&](bool good, const char* what, dim3 got, const char* expected) {
     if (good) return;
-    throw Error(std::string(kernel) + ": " + what + ": expected " + expected + ", got (" + std::to_string(got.x) +
-                ", " + std::to_string(got.y) + ", " + std::to_string(got.z) + ")");
+    throw Error(text(kernel, ": ", what, ": expected ", expected, ", got ", position(got)));
   };
   check(size.x && size.y && size.z && size.x <= 0x7fffffffu && size.y <= 65535 && size.z <= 65535, "grid", size,
         "(1..2147483647, 1..65535, 1..65535)");
@@ -163,8 +157,7 @@ void check_launch(const char* kernel, dim3 size, dim3 block, size_t shared_bytes
             block.x * block.y * block.z <= kMaxThreads,
         "block", block, "1..1024 threads, at most 64 in z");
   if (shared_bytes > kMaxShared) {
-    throw Error(std::string(kernel) + ": dynamic shared memory: expected at most " + std::to_string(kMaxShared) +
-                " bytes, got " + std::to_string(shared_bytes));
+    throw Error(text(kernel, ": dynamic shared memory: expected at most ", kMaxShared, " bytes, got ", shared_bytes));
   }
 }
 
@@ -202,17 +195,15 @@ uint64_t block_barrier(Call call, uint64_t value, Site site) {
   me.call = call;
   me.site = site;
   if (block.exited) {
-    fault("divergence: it waits in " + std::string(name(call)) + " (" + describe(site) + "), but " +
-          std::to_string(block.exited) + " threads of its block have exited");
+    fault("divergence: it ", waits(me), ", but ", block.exited, " threads of its block have exited");
   }
   if (!block.waiting) {
     block.call = call;
     block.site = site;
     block.gathered = call == Call::kSyncThreadsAnd;
   } else if (block.call != call || !(block.site == site)) {
-    fault("divergence: it waits in " + std::string(name(call)) + " (" + describe(site) + ") while " +
-          std::to_string(block.waiting) + " threads of its block wait in " + name(block.call) + " (" +
-          describe(block.site) + ")");
+    fault("divergence: it ", waits(me), " while ", block.waiting, " threads of its block wait in ", block.call, " (",
+          block.site, ")");
   }
   if (call == Call::kSyncThreadsCount) block.gathered += value;
   if (call == Call::kSyncThreadsAnd) block.gathered &= value;
@@ -231,16 +222,16 @@ uint64_t block_barrier(Call call, uint64_t value, Site site) {
   return block.result;
 }
 
-void fault(const std::string& what, const Thread* thread) { throw Error(thread ? located(what, *thread) : what); }
+void report(const std::string& what, const Thread* thread) { throw Error(thread ? located(what, *thread) : what); }
 
 void run_grid(const char* kernel, dim3 size, dim3 block_size, size_t shared_bytes, void (*body)(void*), void* context) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  check_launch(kernel, size, block_size, shared_bytes);
+  grid.kernel = kernel[0] == '(' ? std::string(kernel + 1, std::strlen(kernel) - 2) : kernel;  // (kernel<A, B>)
+  check_launch(grid.kernel, size, block_size, shared_bytes);
   const Config settings = config();
   const uint64_t count = uint64_t{size.x} * size.y * size.z;
   const int live = static_cast<int>(std::min<uint64_t>(count, std::clamp(settings.live_blocks, 1, kMaxLiveBlocks)));
-  grid.kernel = kernel;
   grid.size = size;
   grid.block_size = block_size;
   grid.shared_bytes = shared_bytes;
@@ -270,9 +261,7 @@ void run_grid(const char* kernel, dim3 size, dim3 block_size, size_t shared_byte
   for (int slot = 0; slot < live; ++slot) start(slot);
   while (grid.runnable) {
     current = take(nullptr, nullptr);
-    main_switched = true;
     switch_fiber(main_fiber, current->fiber);
-    main_switched = false;
     if (!failure.empty()) {
       for (int i = 0; i < live * kMaxThreads; ++i) {
         if (i % kMaxThreads < blocks[i / kMaxThreads]->size) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -108,7 +109,7 @@ struct Block {
 };
 
 struct Grid {
-  const char* kernel;
+  std::string kernel;
   dim3 size{0}, block_size{0};
   size_t shared_bytes;
   uint64_t launch = 0;  // launches so far in this process
@@ -136,17 +137,29 @@ void async_commit();
 void async_wait(int groups_left);
 
 // Between the parts of the executor.
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
 void park();  // the running thread waits until another one marks it runnable
 void mark_runnable(Warp& warp, uint32_t lanes);
 void start_shared(Block& block);
 void begin_shared_launch();
 bool skipped(Call call, Site site);
-// Unwinds the running thread to its base and ends the launch; reported as the fault of `thread`.
-[[noreturn]] void fault(const std::string& what, const Thread* thread = current);
 [[noreturn]] void stuck(Block& block);  // none of its threads can run
-const char* name(Call call);
-std::string describe(Site site);
-std::string describe(const Thread& thread);
-std::string describe_wait(const Thread& thread);
+// Ends the launch: unwinds the running thread to its base. Reported as the fault of `thread`.
+[[noreturn]] void report(const std::string& what, const Thread* thread);
+template <class... Parts>
+[[noreturn]] void fault(const Parts&... parts) {
+  report(text(parts...), current);
+}
+std::string located(const std::string& what, const Thread& thread);
+std::string waits(const Thread& thread);  // "waits in ..."
+std::string position(uint3 v);
+std::string lanes(uint32_t mask);
+std::ostream& operator<<(std::ostream& out, Call call);
+std::ostream& operator<<(std::ostream& out, Site site);
 
 }  // namespace fastdecode::simt

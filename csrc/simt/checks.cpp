@@ -14,7 +14,7 @@ Config& config() {
   return settings;
 }
 
-const char* name(Call call) {
+static const char* name(Call call) {
   switch (call) {
     case Call::kNone: return "nothing";
     case Call::kSyncThreads: return "__syncthreads";
@@ -43,23 +43,24 @@ const char* name(Call call) {
   return "?";
 }
 
-std::string describe(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+std::ostream& operator<<(std::ostream& out, Call call) { return out << name(call); }
+std::ostream& operator<<(std::ostream& out, Site site) { return out << site.file << ":" << site.line; }
 
-std::string describe(const Thread& thread) {
-  auto text = [](uint3 v) {
-    return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-  };
-  return "block " + text(thread.block->index) + ", thread " + text(thread.index);
+std::string position(uint3 v) { return text("(", v.x, ", ", v.y, ", ", v.z, ")"); }
+
+std::string lanes(uint32_t mask) {
+  char hex[11];
+  std::snprintf(hex, sizeof hex, "0x%08x", mask);
+  return hex;
 }
 
-std::string describe_wait(const Thread& thread) {
-  std::string text = std::string("waits in ") + name(thread.call);
-  if (thread.call >= Call::kSyncWarp) {
-    char mask[20];
-    std::snprintf(mask, sizeof mask, " mask 0x%08x", thread.mask);
-    text += mask;
-  }
-  return text + " (" + describe(thread.site) + ")";
+std::string located(const std::string& what, const Thread& thread) {
+  return text(grid.kernel, ", block ", position(thread.block->index), ", thread ", position(thread.index), ": ", what);
+}
+
+std::string waits(const Thread& thread) {
+  const std::string mask = thread.call >= Call::kSyncWarp ? text(" mask ", lanes(thread.mask)) : "";
+  return text("waits in ", thread.call, mask, " (", thread.site, ")");
 }
 
 // A thread that waits in a collective for a lane that waits elsewhere is the only way to get stuck: block barriers
@@ -72,17 +73,13 @@ void stuck(Block& block) {
     const uint32_t missing = thread.mask & warp.exists & ~warp.waiting;
     if (!missing) continue;
     const Thread& other = warp.threads[std::countr_zero(missing)];
-    fault("deadlock: it " + describe_wait(thread) + " for lane " + std::to_string(other.lane) + ", which " +
-              describe_wait(other),
-          &thread);
+    report(text("deadlock: it ", waits(thread), " for lane ", other.lane, ", which ", waits(other)), &thread);
   }
   fault("deadlock");
 }
 
 void misaligned(const void* ptr, size_t bytes, const char* file, int line) {
-  char text[64];
-  std::snprintf(text, sizeof text, "misaligned access of %zu bytes at %p", bytes, ptr);
-  fault(std::string(text) + " (" + describe({file, line}) + ")");
+  fault("misaligned access of ", bytes, " bytes at ", ptr, " (", Site{file, line}, ")");
 }
 
 // ---- the list of barriers ----
@@ -107,10 +104,10 @@ Barrier& find_barrier(Call call, Site site) {
   static Entry cache[256];
   Entry& entry = cache[(reinterpret_cast<uintptr_t>(site.file) + static_cast<uintptr_t>(site.line)) % 256];
   if (entry.file != site.file || entry.line != site.line || entry.barrier->call != call) {
-    const std::string text = describe(site);
+    const std::string place = text(site);
     auto found = std::find_if(barriers.begin(), barriers.end(),
-                              [&](const Barrier& b) { return b.call == call && b.site == text; });
-    entry = {site.file, site.line, found == barriers.end() ? &barriers.emplace_back(Barrier{text, call}) : &*found};
+                              [&](const Barrier& b) { return b.call == call && b.site == place; });
+    entry = {site.file, site.line, found == barriers.end() ? &barriers.emplace_back(Barrier{place, call}) : &*found};
   }
   return *entry.barrier;
 }

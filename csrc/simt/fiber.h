@@ -71,13 +71,13 @@ inline void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool last = fa
 #endif
 }
 
-// First thing in entry(), where `caller` is the thread's own stack if the switch came from there, else nullptr.
-inline void fiber_entered([[maybe_unused]] Fiber* caller) {
+// First thing in entry(). The first fiber of a launch is entered from the thread's own stack, and notes where that is.
+inline void fiber_entered([[maybe_unused]] Fiber& main) {
 #if FD_SIMT_ASAN
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  if (caller) caller->bottom = bottom, caller->size = size;
+  if (!main.bottom) main.bottom = bottom, main.size = size;
 #endif
 }
 

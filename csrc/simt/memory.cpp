@@ -51,9 +51,8 @@ void* shared_memory(SharedSlot& slot, size_t bytes, size_t alignment) {
   if (slot.launch != grid.launch) {  // first use in this launch: place it, for every block at once
     static_bytes += (bytes + 15) / 16 * 16;
     if (static_bytes > kMaxStaticShared || static_bytes + grid.shared_bytes > kMaxShared) {
-      fault("shared memory: expected at most " + std::to_string(kMaxStaticShared) + " bytes static and " +
-            std::to_string(kMaxShared) + " in all, got " + std::to_string(static_bytes) + " static and " +
-            std::to_string(grid.shared_bytes) + " dynamic");
+      fault("shared memory: expected at most ", kMaxStaticShared, " bytes static and ", kMaxShared, " in all, got ",
+            static_bytes, " static and ", grid.shared_bytes, " dynamic");
     }
     const size_t unit = alignment < 16 ? 16 : alignment;
     slot.offset = (used + kRedZone + unit - 1) / unit * unit;
@@ -66,7 +65,7 @@ void* shared_memory(SharedSlot& slot, size_t bytes, size_t alignment) {
 }
 
 void* dynamic_shared_memory(size_t alignment) {
-  if (alignment > 16) fault("dynamic shared memory is 16-byte aligned, got a type of " + std::to_string(alignment));
+  if (alignment > 16) fault("dynamic shared memory: expected an alignment of at most 16, got ", alignment);
   return current->block->arena;
 }
 
@@ -76,7 +75,7 @@ void async_copy(void* shared, const void* global, int bytes, Site site) {
   check_aligned(global, static_cast<size_t>(bytes), site.file, site.line);
   const auto* to = static_cast<std::byte*>(shared);
   if (to < me.block->arena || to + bytes > me.block->arena + kArenaBytes) {
-    fault("cp.async (" + describe(site) + "): the destination is not in the block's shared memory");
+    fault("cp.async (", site, "): the destination is not in the block's shared memory");
   }
   me.copies.push_back({shared, global, static_cast<uint32_t>(bytes), me.open_group});
   // Until the wait nobody may look: a reader finds poison, or is reported by ASan.

@@ -7,12 +7,6 @@
 namespace fastdecode::simt {
 namespace {
 
-std::string lanes(uint32_t mask) {
-  char text[11];
-  std::snprintf(text, sizeof text, "0x%08x", mask);
-  return text;
-}
-
 // The lane that a shuffle reads (PTX ISA, shfl.sync).
 int source_lane(const Thread& reader) {
   const int first = reader.lane & ~(reader.width - 1), last = first | (reader.width - 1);
@@ -75,18 +69,16 @@ void complete(Call call, Thread* threads, uint32_t members) {
 }
 
 void check_shuffle(const Thread& me, uint32_t members) {
-  auto bad = [&](const std::string& what) {
-    fault(what + " in " + name(me.call) + " mask " + lanes(me.mask) + " (" + describe(me.site) + ")");
-  };
   if (me.width < 1 || me.width > kWarpSize || (me.width & (me.width - 1))) {
-    bad("width: expected a power of two up to 32, got " + std::to_string(me.width));
+    fault(me.call, " (", me.site, "): width: expected a power of two up to 32, got ", me.width);
   }
   if (me.call != Call::kShuffle && (me.argument < 0 || me.argument >= kWarpSize)) {
-    bad("offset: expected 0..31, got " + std::to_string(me.argument));
+    fault(me.call, " (", me.site, "): offset: expected 0..31, got ", me.argument);
   }
   const int source = source_lane(me);
   if (!(members >> source & 1)) {
-    bad("inactive lane: it reads lane " + std::to_string(source) + ", which does not take part,");
+    fault("inactive lane: ", me.call, " (", me.site, ") reads lane ", source, ", which is not in mask ", lanes(me.mask),
+          members == me.mask ? "" : " or not in the block");
   }
 }
 
@@ -106,12 +98,11 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int 
   me.argument = argument;
   me.width = width;
   if (!(mask >> me.lane & 1)) {
-    fault("mask: " + std::string(name(call)) + " (" + describe(site) + ") has mask " + lanes(mask) +
-          " without the caller, lane " + std::to_string(me.lane));
+    fault("mask: ", call, " (", site, ") has mask ", lanes(mask), ", which lacks the caller, lane ", me.lane);
   }
   if (mask & warp.exited) {
-    fault("inactive lane: mask " + lanes(mask) + " of " + name(call) + " (" + describe(site) + ") names lane " +
-          std::to_string(std::countr_zero(mask & warp.exited)) + ", which has exited");
+    fault("inactive lane: mask ", lanes(mask), " of ", call, " (", site, ") names lane ",
+          std::countr_zero(mask & warp.exited), ", which has exited");
   }
   // Lanes that the block never had do not take part.
   const uint32_t members = mask & warp.exists;
@@ -122,8 +113,7 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int 
     while (!(warp.threads[std::countr_zero(waiting)].mask & mask)) waiting &= waiting - 1;
     const Thread& other = warp.threads[std::countr_zero(waiting)];
     if (other.call != call || other.mask != mask || !(other.site == site)) {
-      fault("divergence: it " + describe_wait(me) + " while lane " + std::to_string(other.lane) + " " +
-            describe_wait(other));
+      fault("divergence: it ", waits(me), " while lane ", other.lane, " ", waits(other));
     }
   }
   warp.waiting |= 1u << me.lane;
