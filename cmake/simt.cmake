@@ -18,8 +18,9 @@ file(GLOB FD_SIMT_EXECUTOR CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/simt/*.c
 
 fd_add_torch_library(_C_simt fastdecode_simt CPU ${FD_DEVICE_BIND_SOURCES} ${FD_SIMT_SOURCES} ${FD_SIMT_EXECUTOR})
 target_compile_definitions(_C_simt PRIVATE FD_SIMT)
-# It runs where it was built. fma would be a function call on plain x86-64.
-target_compile_options(_C_simt PRIVATE -march=native)
+# It runs where it was built: fma would be a function call on plain x86-64. "#pragma unroll" is nvcc's; g++ 12 sees
+# overlapping copies in sums of strings.
+target_compile_options(_C_simt PRIVATE -march=native -Wno-unknown-pragmas -Wno-restrict)
 if(FASTDECODE_SIMT_SANITIZE)
   set(FD_SANITIZE -g1 -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
   target_compile_options(_C_simt PRIVATE ${FD_SANITIZE})

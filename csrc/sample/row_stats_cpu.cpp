@@ -63,17 +63,17 @@ TileStats tile_stats(const C* x, int64_t start, int64_t n, const TopTwo& before,
 }
 
 template <class C>
-void join(const RowStatsArgs& a, int64_t r, const TileStats* tiles, int64_t num_tiles) {
+void join(const RowStatsArgs& a, int64_t r, const TileStats* tiles, int64_t count) {
   TopTwo top;
   bool good = true;
-  for (int64_t t = 0; t < num_tiles; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     good = good && tiles[t].good;
     top.enter(tiles[t].top);
   }
   a.status[r] = !good ? kStatusNaN : !(top.max > -kInf<double>) ? kStatusNoMass : 0;
   if (a.status[r]) return;
   double sum = 0, moment = 0;
-  for (int64_t t = 0; t < num_tiles; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     if (!(tiles[t].sum > 0)) continue;
     const double drop = top.max - tiles[t].top.max;
     const double scale = exp_minus(drop);
@@ -81,20 +81,18 @@ void join(const RowStatsArgs& a, int64_t r, const TileStats* tiles, int64_t num_
     moment += scale * (tiles[t].moment + drop * tiles[t].sum);
   }
   const double log_sum = log_(sum);
-  static_cast<C*>(a.max)[r] = static_cast<C>(top.max);
-  static_cast<C*>(a.second)[r] = static_cast<C>(top.second);
+  static_cast<C*>(a.max)[r] = static_cast<C>(top.max + 0.0);  // of two zeros +0, whichever was met
+  static_cast<C*>(a.second)[r] = static_cast<C>(top.second + 0.0);
   static_cast<C*>(a.logsumexp)[r] = static_cast<C>(top.max + log_sum);
   static_cast<C*>(a.entropy)[r] = static_cast<C>(log_sum + moment / sum);
   a.argmax[r] = top.argmax;
 }
 
-int64_t num_tiles(const RowStatsArgs& a) { return (a.vocab_size + kTile - 1) / kTile; }
-
 // A row is cut into parts where there are fewer rows than threads. Results do not depend on it: tiles are joined in
 // order either way.
 template <class T, class C = Compute<T>>
 void run(const RowStatsArgs& a, const Exec& ex) {
-  const int64_t rows = a.batch * a.rows, tiles = num_tiles(a), V = a.vocab_size;
+  const int64_t rows = a.batch * a.rows, tiles = num_tiles(a.vocab_size), V = a.vocab_size;
   auto* const all = static_cast<TileStats*>(a.scratch);
   auto active = [&](int64_t r) { return !a.active || a.active[r / a.rows]; };
   auto clear = [&](int64_t r) {
@@ -140,7 +138,7 @@ void row_stats(const RowStatsArgs& a, const Exec& ex) {
 
 #if FD_CPU_LEVEL == 1
 int64_t fastdecode::cpu::row_stats_scratch_bytes(const RowStatsArgs& a, const Exec&) {
-  return a.batch * a.rows * FD_ISA::num_tiles(a) * static_cast<int64_t>(sizeof(FD_ISA::TileStats));
+  return a.batch * a.rows * FD_ISA::num_tiles(a.vocab_size) * static_cast<int64_t>(sizeof(FD_ISA::TileStats));
 }
 #endif
 FD_CPU_OP(row_stats, RowStatsArgs)

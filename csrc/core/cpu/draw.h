@@ -7,6 +7,7 @@
 #include "core/cpu/law.h"
 #include "core/draw.h"
 #include "core/philox.h"
+#include "core/race.h"
 
 namespace fastdecode::FD_ISA {
 
@@ -60,12 +61,7 @@ FD_INLINE void noise_of_ids(const Noise& n, uint32_t group, LaneBits<float> (&ou
 #endif
 }
 
-inline constexpr float kLog2E = 0x1.715476p0f;
-
-// The bits of a positive float, read as a number and times 2^-23, are its log2 plus 127 with straight lines between the
-// powers of two: at most 0.0861 too low. So logarithms can be bounded, and compared, without computing them.
 typedef int32_t LogBits __attribute__((vector_size(64)));
-inline constexpr float kMostBelow = 0.0862f;
 
 FD_INLINE Lanes<float> to_float(const Lanes<float>& x) { return x; }
 FD_INLINE Lanes<float> to_float(const Lanes<double>& x) { return __builtin_convertvector(x, Lanes<float>); }
@@ -84,25 +80,6 @@ FD_ROW int64_t argmax(const C* x, int64_t n) {
   return at;
 }
 
-// The leader of a race. Ids enter in any order; a tie goes to the lowest.
-template <class C>
-struct Leader {
-  C best = -kInf<C>;
-  int64_t winner = -1;
-  // An id can only win if log2(v) - log2(its weight) stays below this, v its word times 2^-32: its Gumbel variate
-  // -log(-log(1 - v)) is at most -log(v). A little more, for the roundings.
-  float reach = kInf<float>;
-
-  void enter(int64_t v, C key, uint32_t word) {
-    const C total = key + static_cast<C>(gumbel(word));
-    if (total > best || (total == best && v < winner)) {
-      best = total;
-      winner = v;
-      reach = 0.02f - static_cast<float>(best) * kLog2E;
-    }
-  }
-};
-
 }  // namespace detail
 
 // argmax over all ids v < vocab_size of key(v) + gumbel(v); ids with key -inf never win, ties go to the lowest id.
@@ -110,7 +87,7 @@ struct Leader {
 // id. may_win(v, word, reach), for sixteen ids from v on and their words as floats, is true at least where
 // Leader::reach lets an id win; only there is the variate computed.
 template <class C, class KeyOf, class MayWin>
-int64_t race(int64_t vocab_size, const Noise& noise, detail::Leader<C> leader, const KeyOf& key,
+int64_t race(int64_t vocab_size, const Noise& noise, Leader<C> leader, const KeyOf& key,
              const MayWin& may_win) {
   constexpr int64_t kStep = 64;
   auto enter = [&](int64_t v, uint32_t word) {
@@ -144,7 +121,7 @@ int64_t race(int64_t vocab_size, const Noise& noise, detail::Leader<C> leader, c
 // The same over listed ids, key(j) belonging to ids[j].
 template <class C, class KeyOf>
 int64_t race_listed(const uint32_t* ids, int64_t count, const Noise& noise, const KeyOf& key) {
-  detail::Leader<C> leader;
+  Leader<C> leader;
   for (int64_t start = 0; start < count; start += 8) {
     const int64_t n = std::min<int64_t>(8, count - start);
     Words8 group = {};
@@ -197,7 +174,7 @@ FD_ROW int64_t draw(Law<E>& law, std::optional<double> uniform, const Noise& noi
   const C* distance = law.s.distance;
   if (!law.dense()) return race_listed<C>(law.s.ids, law.count(), noise, [=](int64_t j) { return -distance[j]; });
   // the most likely id first: what it draws rules out most others
-  detail::Leader<C> leader;
+  Leader<C> leader;
   const int64_t top = law.mode();
   leader.enter(top, C(0), noise.word(top));
   return race<C>(
@@ -205,7 +182,7 @@ FD_ROW int64_t draw(Law<E>& law, std::optional<double> uniform, const Noise& noi
       [&](int64_t v, const Lanes<float>& word, float reach) {
         const auto d = detail::to_float(law.distance(std::true_type{}, v));
         const auto log2_word = __builtin_convertvector((detail::LogBits)word, Lanes<float>) * 0x1p-23f;
-        return log2_word + d * detail::kLog2E < reach + (127 + 32);
+        return log2_word + d * kLog2E < reach + (127 + 32);
       });
 }
 
@@ -218,14 +195,14 @@ FD_ROW int64_t draw(const Weights<C>& w, double sum, std::optional<double> unifo
   if (w.ids) return race_listed<C>(w.ids, w.count, noise, key);
   // the largest first: what it draws rules out most others
   const int64_t top = detail::argmax(weight, w.count);
-  detail::Leader<C> leader;
+  Leader<C> leader;
   leader.enter(top, key(top), noise.word(top));
   // float has less range than double: relative to the largest, no weight that could win underflows
-  const auto at_top = static_cast<float>(key(top)) * detail::kLog2E;
+  const auto at_top = static_cast<float>(key(top)) * kLog2E;
   const C scale = C(1) / weight[top];
   return race<C>(w.count, noise, leader, key, [=](int64_t v, const Lanes<float>& word, float reach) {
     const auto relative = (detail::LogBits)detail::to_float(load_lanes(weight + v) * scale);
-    const float most = std::min(reach + at_top + (32 + detail::kMostBelow), 250.0f);
+    const float most = std::min(reach + at_top + (32 + kMostBelow), 250.0f);
     return (detail::LogBits)word - relative < static_cast<int32_t>(most * 0x1p23f);
   });
 }

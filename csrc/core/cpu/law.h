@@ -13,13 +13,9 @@
 #include "core/cpu/tiles.h"
 #include "core/cpu/vector.h"
 #include "core/dtype.h"
-#include "core/filter.h"
-#include "core/fmath.h"
+#include "core/law.h"
 
 namespace fastdecode::FD_ISA {
-
-inline constexpr int64_t kBlock = 64;
-inline int64_t num_blocks(int64_t vocab_size) { return (vocab_size + kBlock - 1) / kBlock; }
 
 // Working memory for one row, cut from the adapter's buffer. Most rows touch little of it.
 template <class C>
@@ -78,14 +74,12 @@ struct Weights {
   int64_t id(int64_t j) const { return ids ? ids[j] : j; }
 };
 
-// distance * weight, 0 where the weight is 0 for the distance, which may then be inf.
+// moment_of for sixteen.
 template <class N>
 FD_INLINE N moment_of(const N& distance, const N& weight) {
   using C = std::remove_cvref_t<decltype(distance[0])>;
   return distance <= kFarthest<C> ? distance * weight : N{};
 }
-FD_INLINE float moment_of(float d, float weight) { return d <= kFarthest<float> ? d * weight : 0.0f; }
-FD_INLINE double moment_of(double d, double weight) { return d <= kFarthest<double> ? d * weight : 0.0; }
 
 // Calls tile(begin, end, sum) for the entries begin .. end - 1 of every tile that has any, in order, until it returns
 // true. value(wide, j) gives the weights of entries j .. j + 15, or that of entry j; it is called once for each.
@@ -180,25 +174,6 @@ FD_ROW bool edit(const T* logits, int64_t vocab_size, const RowFilter& f, C* x) 
   return !bad;
 }
 
-template <class C>
-using Key = std::conditional_t<std::is_same_v<C, double>, uint64_t, uint32_t>;
-
-// Distances are >= +0, so their bit patterns order like the numbers.
-template <class C>
-Key<C> rising_key(C distance) {
-  return bit_cast<Key<C>>(distance);
-}
-
-// Larger numbers first; -0 is +0.
-template <class C>
-Key<C> falling_key(C x) {
-  const Key<C> bits = bit_cast<Key<C>>(x + C(0));
-  constexpr Key<C> kSign = Key<C>{1} << (8 * sizeof(C) - 1);
-  return bits & kSign ? bits : ~bits & (kSign - 1);
-}
-
-inline constexpr int kDigit = 11;  // most bits of a radix digit
-
 // Keeps entries with key < threshold, and the first `ties` with key == threshold.
 template <class C>
 struct Cut {
@@ -240,8 +215,7 @@ Cut<C> radix_select(int64_t count, uint32_t* members, uint64_t target, const Key
 
 }  // namespace detail
 
-// The law of a row whose status is 0. Every logit is measured from the largest: distance = (max - logit) / temperature
-// is exact at the top, never overflows at small temperatures, and its bits sort; weight = e^-distance.
+// The law of a row whose status is 0.
 template <class E>
 class Law {
  public:
@@ -249,11 +223,8 @@ class Law {
 
   Law(const E* x, int64_t vocab_size, C max, const RowFilter& f, const RowScratch<C>& scratch)
       : V(vocab_size), s(scratch), x_(x), max_(max + C(0)) {  // never -0, so that no distance is
-    constexpr float kMost = std::numeric_limits<float>::max();
-    greedy_ = !(f.temperature > 0.0f);
-    // neither an infinite temperature nor an infinite inverse may meet a distance of inf or 0
-    const C inverse = C(1) / static_cast<C>(std::min(f.temperature, kMost));
-    inverse_temperature_ = greedy_ ? C(1) : std::min(inverse, static_cast<C>(kMost));
+    greedy_ = is_greedy(f);
+    inverse_temperature_ = inverse_temperature<C>(f);
     filter(f);
   }
 
@@ -315,7 +286,7 @@ class Law {
   FD_ROW void keep_top(int64_t k) {
     if (!listed_) gather(limit_for(k));
     if (k < count_) {  // by logit: distances of logits far from the top may round to one number
-      auto key = [this](int64_t j) { return detail::falling_key(load(x_[s.ids[j]])); };
+      auto key = [this](int64_t j) { return falling_key(load(x_[s.ids[j]])); };
       keep(key, static_cast<uint64_t>(k), [](uint32_t) { return uint64_t{1}; });
     }
   }
@@ -339,8 +310,6 @@ class Law {
   const RowScratch<C>& s;
 
  private:
-  static constexpr C kEverywhere = std::numeric_limits<C>::max();  // for gather: all but the forbidden ids
-
   FD_ROW void filter(const RowFilter& f) {
     if (greedy_) {
       listed_ = true;
@@ -359,38 +328,37 @@ class Law {
     }
     if (p) {
       uint64_t mass = listed_ ? list_mass() : 0;
-      const uint64_t target = share(f.top_p, row_mass > 0 ? row_mass : mass);
+      const uint64_t target = share_of(f.top_p, row_mass > 0 ? row_mass : mass);
       // the list has to hold the nucleus; most of the time that lies near the top
-      for (const C limit : {C(4), C(6), C(8), C(11), C(15), C(21), kEverywhere}) {
-        if (k || mass >= target) break;
-        gather(limit);
+      for (int i = 0; !k && mass < target; ++i) {
+        gather(nucleus_limit<C>(i));
         mass = weigh();
+        if (nucleus_limit<C>(i) == kEverywhere<C>) break;
       }
       if (mass >= target) keep(by(s.distance), target, fixed());
     }
     if (f.min_p > 0.0f) {
       const C least = std::min(static_cast<C>(f.min_p), C(1));  // the most likely id always stays
       if (!listed_) {
-        // a little beyond -log(least), so that rounding cannot lose an id
-        gather(-log_(least) * C(1.001) + C(0.001));
+        gather(limit_of_weight(least));
         weigh();
       }
       compact([&](int64_t j) { return s.weight[j] >= least; });
     }
     if (f.typical_p < 1.0f) {
-      if (!listed_) gather(kEverywhere), weigh();
+      if (!listed_) gather(kEverywhere<C>), weigh();
       const C *d = s.distance, *w = s.weight;
       const double moment = sum_over<C>(
           s.ids, count_, [d, w](auto wide, int64_t j) { return moment_of(take(wide, d + j), take(wide, w + j)); });
       const auto mean = static_cast<C>(moment / sum_of(weights()));
       // |-log p - entropy|: the normaliser cancels
       for (int64_t j = 0; j < count_; ++j) s.other[j] = d[j] > mean ? d[j] - mean : mean - d[j];
-      keep(by(s.other), share(f.typical_p, list_mass()), fixed());
+      keep(by(s.other), share_of(f.typical_p, list_mass()), fixed());
     }
   }
 
   static auto by(const C* distance) {
-    return [distance](int64_t j) { return detail::rising_key(distance[j]); };
+    return [distance](int64_t j) { return rising_key(distance[j]); };
   }
   auto fixed() const {
     return [weight = s.weight](int64_t j) { return fixed_mass(weight[j]); };
@@ -403,11 +371,6 @@ class Law {
       while (s.block_max[v / kBlock] != max_) v += kBlock;
     while (load(x_[v]) != max_) ++v;
     return v;
-  }
-
-  static uint64_t share(float part, uint64_t mass) {
-    const double wanted = static_cast<double>(part > 0.0f ? part : 0.0f) * static_cast<double>(mass);
-    return std::clamp<uint64_t>(static_cast<uint64_t>(std::ceil(wanted)), 1, mass);
   }
 
   FD_ROW uint64_t mass_of_row() const {
@@ -441,23 +404,20 @@ class Law {
 
   // A distance within which there are at least min(k, finite) ids, from the first digit of the blocks' distances.
   FD_ROW C limit_for(int64_t k) const {
-    constexpr int kShift = 8 * sizeof(C) - 1 - detail::kDigit;  // the sign bit is 0
-    uint32_t bins[1 << detail::kDigit] = {};
+    uint32_t bins[1 << kDigit] = {};
     const int64_t blocks = num_blocks(V);
-    if (k > blocks) return kEverywhere;
-    for (int64_t g = 0; g < blocks; ++g)
-      ++bins[detail::rising_key((max_ - s.block_max[g]) * inverse_temperature_) >> kShift];
+    if (k > blocks) return kEverywhere<C>;
+    for (int64_t g = 0; g < blocks; ++g) ++bins[first_digit((max_ - s.block_max[g]) * inverse_temperature_)];
     int64_t seen = 0;
-    detail::Key<C> bin = 0;
+    Key<C> bin = 0;
     while (seen < k) seen += bins[bin++];
-    const C limit = bit_cast<C>(static_cast<detail::Key<C>>((bin << kShift) - 1));
-    return limit < kEverywhere ? limit : kEverywhere;
+    return limit_of_digits<C>(bin);
   }
 
-  // Lists the ids within `limit` of the top; kEverywhere lists all that are not forbidden, also those whose distance is
+  // Lists the ids within `limit` of the top; kEverywhere<C> lists all that are not forbidden, also those whose distance is
   // beyond any number.
   FD_ROW void gather(C limit) {
-    const bool everywhere = limit == kEverywhere;
+    const bool everywhere = limit == kEverywhere<C>;
     listed_ = true;
     count_ = 0;
     for (int64_t start = 0; start < V; start += kBlock) {
@@ -497,7 +457,7 @@ class Law {
     const detail::Cut<C> cut = detail::radix_select<C>(count_, s.members, target, key, measure);
     int64_t ties = 0;
     compact([&](int64_t j) {
-      const detail::Key<C> here = key(j);
+      const Key<C> here = key(j);
       return here < cut.threshold || (here == cut.threshold && ties++ < cut.ties);
     });
   }

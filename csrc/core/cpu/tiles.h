@@ -1,18 +1,13 @@
-// Sums over a row in one fixed order, whatever the machine: tiles of 2048 elements; in a tile 256 lanes, lane l adding
-// elements l, l + 256, ... in order; the lanes joined by a balanced binary tree over neighbours; tiles added in double,
-// first to last. A warp can own a tile with 8 neighbouring lanes per thread. Elements that are zero change nothing, so
-// a row of which few ids have weight may be summed from those alone.
+// Sums over a row in the order of core/tiles.h.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "core/cpu/vector.h"
+#include "core/tiles.h"
 
 namespace fastdecode::FD_ISA {
-
-inline constexpr int64_t kTile = 2048;
-inline constexpr int64_t kLanes = 256;
 
 // body(std::true_type, i) for sixteen neighbours begin <= i .. i + 15 < end at a time, body(std::false_type, i) for
 // each of the rest.

@@ -1,0 +1,140 @@
+// Drawing one id from a row by a block of kThreads: an exponential race on counter-based noise, or inverse CDF of a
+// given uniform. The same ids as core/cpu/draw.h.
+#pragma once
+
+#include "core/cuda/law.cuh"
+#include "core/draw.h"
+#include "core/philox.h"
+#include "core/race.h"
+
+namespace fastdecode::FD_ISA {
+
+// One request's randomness: its uniform where uniforms are given, else its noise.
+struct Draw {
+  bool has_uniform;
+  double uniform;
+  Noise noise;
+};
+
+// The best of all threads' leaders.
+template <class C>
+__device__ inline Leader<C> join_leaders(BlockSlots& slots, const Leader<C>& mine) {
+  Leader<C> leader;
+  leader.best = block_reduce(slots, mine.best, Larger{});
+  constexpr int64_t kNobody = int64_t{1} << 40;
+  const bool leads = mine.winner >= 0 && mine.best == leader.best;
+  leader.winner = block_reduce(slots, leads ? mine.winner : kNobody, Smaller{});
+  if (leader.winner == kNobody) leader.winner = -1;
+  return leader;
+}
+
+// Race over a law's ids in begin .. end - 1, begin a multiple of 4, on the keys -distance. Each thread's own leader.
+template <class E, class C = Compute<E>>
+__device__ inline Leader<C> race(const Law<E>& law, const Noise& noise, Leader<C> leader, int begin, int end) {
+  constexpr int kGroup = 4;  // ids whose words come from one counter
+  for (int v = begin + static_cast<int>(threadIdx.x) * kGroup; v < end; v += kThreads * kGroup) {
+    C distance[kGroup];
+    law.distances(v, distance);
+    bool any = false;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) any |= distance[j] < kInf<C>;
+    if (!any) continue;
+    const Words words = noise.group(static_cast<uint32_t>(v) / kGroup);
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      // log2 of the word, plus 127 and the 32 that make it an integer: a lower bound
+      const float log2_word = static_cast<float>(bit_cast<int32_t>(static_cast<float>(words.w[j]))) * 0x1p-23f;
+      const bool may_win = log2_word + static_cast<float>(distance[j]) * kLog2E < leader.reach + (127 + 32);
+      if (distance[j] < kInf<C> && may_win) leader.enter(v + j, -distance[j], words.w[j]);
+    }
+  }
+  return leader;
+}
+
+// The same over weights that need not add up to 1, on the keys log(weight); value as in sum_part.
+template <class C, class ValueOf>
+__device__ inline Leader<C> race_weights(const ValueOf& value, const Noise& noise, int begin, int end) {
+  constexpr int kGroup = 4;
+  Leader<C> leader;
+  for (int v = begin + static_cast<int>(threadIdx.x) * kGroup; v < end; v += kThreads * kGroup) {
+    C weight[kGroup];
+    value(v, weight);
+    bool any = false;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) any |= weight[j] > C(0);
+    if (!any) continue;
+    const Words words = noise.group(static_cast<uint32_t>(v) / kGroup);
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      if (!(weight[j] > C(0))) continue;
+      const auto narrow = static_cast<float>(weight[j]);
+      const float log2_weight = static_cast<float>(bit_cast<int32_t>(narrow)) * 0x1p-23f + kMostBelow;
+      const float log2_word = static_cast<float>(bit_cast<int32_t>(static_cast<float>(words.w[j]))) * 0x1p-23f;
+      // below the normal floats the bits say nothing of the logarithm
+      const bool may_win = !(narrow >= 0x1p-126f) || log2_word - log2_weight < leader.reach + 32;
+      if (may_win) leader.enter(v + j, log_(weight[j]), words.w[j]);
+    }
+  }
+  return leader;
+}
+
+// First id, in id order, whose cumulative weight exceeds uniform * sum; `sum` is that of the weights and positive, and
+// tile_sums what it was added up from. Where rounding leaves the walk short of that, the last id with weight; a uniform
+// below 0 or NaN counts as 0.
+template <class C, class ValueOf>
+__device__ inline int inverse_cdf(LawShared<C>& s, int vocab_size, const double* tile_sums, double sum, double uniform,
+                                  const ValueOf& value) {
+  const double wanted = uniform > 0 ? uniform * sum : 0;
+  const auto tiles = static_cast<int>(num_tiles(vocab_size));
+  double before = 0;
+  bool reached = false;
+  int tile = 0;
+  if (threadIdx.x == 0) {
+    int last = 0;  // tile with weight
+    for (; tile < tiles; ++tile) {
+      if (tile_sums[tile] > 0) last = tile;
+      if (before + tile_sums[tile] > wanted) break;
+      before += tile_sums[tile];
+    }
+    reached = tile < tiles;
+    if (!reached) tile = last;
+  }
+  tile = block_broadcast(s.slots, threadIdx.x == 0, tile);
+  const int start = tile * static_cast<int>(kTile);
+  const int n = start + static_cast<int>(kTile) < vocab_size ? static_cast<int>(kTile) : vocab_size - start;
+  for (int v = static_cast<int>(threadIdx.x) * 4; v < static_cast<int>(kTile); v += kThreads * 4) {
+    C weight[4];
+    value(start + v, weight);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s.weight[v + j] = weight[j];
+  }
+  __syncthreads();  // the tile's weights are there
+  int found = -1;
+  if (threadIdx.x == 0) {
+    for (int j = 0; reached && j < n && found < 0; ++j) {
+      before += static_cast<double>(s.weight[j]);
+      if (s.weight[j] > C(0) && before > wanted) found = j;
+    }
+    for (int j = n - 1; j >= 0 && found < 0; --j)
+      if (s.weight[j] > C(0)) found = j;
+  }
+  return start + block_broadcast(s.slots, threadIdx.x == 0, found);
+}
+
+// One id of a law: what `sample` does, and the coupled rule and the bonus token after it.
+template <class E, class C = Compute<E>>
+__device__ inline int draw(Law<E>& law, const Draw& d) {
+  if (d.has_uniform) {
+    law.normalise();
+    return inverse_cdf(law.s, law.V, law.m.tile_sum, law.sum(), d.uniform,
+                       [&](int v, auto& out) { law.weights(v, out); });
+  }
+  Leader<C> leader;
+  if (law.dense()) {  // the most likely id first: what it draws rules out most others
+    const int top = law.argmax();
+    leader.enter(top, C(0), d.noise.word(top));
+  }
+  return static_cast<int>(join_leaders(law.s.slots, race(law, d.noise, leader, 0, law.V)).winner);
+}
+
+}  // namespace fastdecode::FD_ISA

@@ -1,0 +1,539 @@
+// The law of core/filter.h on one row, worked on by one block of kThreads. A row is read once from memory, for the
+// largest logit of every 64; filters then look only at the blocks that can hold what they keep. What they keep is a bit
+// per id; weights are computed on demand from the logits. The same ids, masses and sums as core/cpu/law.h.
+#pragma once
+
+#include "core/cuda/reduce.cuh"
+#include "core/cuda/sort.cuh"
+#include "core/cuda/tiles.cuh"
+#include "core/cuda/vector.cuh"
+#include "core/law.h"
+#include "core/tiles.h"
+
+namespace fastdecode::FD_ISA {
+
+inline constexpr int kWord = 32;  // ids per word of `kept`
+
+// Working memory of one row, in the adapter's scratch.
+template <class C>
+struct RowMemory {
+  C* block_max;      // [num_blocks]; +inf where the block holds NaN or +inf
+  uint32_t* kept;    // [num_words]: bit v % 32 of word v / 32
+  double* tile_sum;  // [num_tiles]
+  C* values;         // [vocab_size], logits after bias, bans and mask; nullptr where nothing edits them
+};
+
+FD_HD inline int64_t num_words(int64_t vocab_size) { return (vocab_size + kWord - 1) / kWord; }
+
+// The row's memory begins at `at`; returns its end. Every part is aligned to 16 bytes.
+template <class C>
+FD_HD int64_t place_row(int64_t vocab_size, bool edits, char* at, RowMemory<C>& m) {
+  int64_t used = 0;
+  auto take = [&](int64_t bytes) {
+    char* const taken = at + used;
+    used += (bytes + 15) / 16 * 16;
+    return taken;
+  };
+  m.block_max = reinterpret_cast<C*>(take(num_blocks(vocab_size) * static_cast<int64_t>(sizeof(C))));
+  m.kept = reinterpret_cast<uint32_t*>(take(num_words(vocab_size) * 4));
+  m.tile_sum = reinterpret_cast<double*>(take(num_tiles(vocab_size) * 8));
+  m.values = edits ? reinterpret_cast<C*>(take(vocab_size * static_cast<int64_t>(sizeof(C)))) : nullptr;
+  return used;
+}
+
+FD_HD inline int64_t row_memory_bytes(int64_t vocab_size, bool edits, DType dtype) {
+  RowMemory<double> d;
+  RowMemory<float> f;
+  return dtype == DType::kFloat64 ? place_row(vocab_size, edits, static_cast<char*>(nullptr), d)
+                                  : place_row(vocab_size, edits, static_cast<char*>(nullptr), f);
+}
+
+// Shared memory of the block.
+template <class C>
+struct LawShared {
+  BlockSlots slots;
+  union {
+    uint64_t bin_mass[256];  // of a radix digit
+    uint32_t bin_count[1 << kDigit];
+    C weight[kTile];  // of one tile
+    Entry<C> entry[kSharedEntries];
+  };
+  uint64_t before;  // found by one thread, for all
+  int32_t found;
+};
+
+// -- reading a row: the largest logit of every block --
+
+// Of the ids begin .. end - 1, begin a multiple of kTile.
+template <class E, class C = Compute<E>>
+__device__ inline void scan_blocks(const E* x, int begin, int end, C* block_max) {
+  constexpr int kPer = kPerVector<E>, kSpan = kWarp * kPer, kAtOnce = 4;
+  constexpr int kLanesPerBlock = static_cast<int>(kBlock) / kPer;
+  for (int first = begin + warp_id() * kAtOnce * kSpan; first < end; first += kWarps * kAtOnce * kSpan) {
+    C v[kAtOnce][kPer];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) read(x, first + i * kSpan + lane_id() * kPer, end, -kInf<C>, v[i]);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      C max = -kInf<C>;
+      bool bad = false;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        bad |= !(v[i][j] < kInf<C>);
+        max = v[i][j] > max ? v[i][j] : max;
+      }
+      if (bad) max = kInf<C>;
+#pragma unroll
+      for (int step = 1; step < kLanesPerBlock; step *= 2) max = Larger{}(max, __shfl_xor_sync(kAllLanes, max, step));
+      const int id = first + i * kSpan + lane_id() * kPer;
+      if (lane_id() % kLanesPerBlock == 0 && id < end) block_max[id / kBlock] = max;
+    }
+  }
+}
+
+// Logits after bias, bans and mask, of the ids begin .. end - 1. True where one of them, a forbidden one included, is
+// NaN or +inf.
+template <class T, class C = Compute<T>>
+__device__ inline bool edit(const T* logits, const RowFilter& f, int begin, int end, C* values) {
+  constexpr int kPer = kPerVector<T>;
+  bool bad = false;
+  for (int v = begin + static_cast<int>(threadIdx.x) * kPer; v < end; v += kThreads * kPer) {
+    C x[kPer];
+    float bias[kPer] = {};
+    read(logits, v, end, -kInf<C>, x);
+    if (f.bias) read(f.bias, v, end, 0.0f, bias);
+    const uint32_t allowed = f.bitmask ? static_cast<uint32_t>(f.bitmask[v / kWord]) >> v % kWord : ~uint32_t{0};
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) {
+      if (f.bias) x[j] += static_cast<C>(bias[j]);
+      bad |= !(x[j] < kInf<C>);
+      if (!(allowed >> j & 1)) x[j] = -kInf<C>;
+    }
+    write(values, v, end, x);
+  }
+  bad = __syncthreads_or(bad) != 0;  // and the values are written
+  for (int64_t i = threadIdx.x; i < f.num_bans; i += kThreads) {
+    const int64_t id = f.ban_ids[i];
+    const bool holds = !f.min_lengths || f.position < f.min_lengths[i];
+    if (holds && id >= begin && id < end) values[id] = -kInf<C>;
+  }
+  __syncthreads();  // the bans are written
+  return bad;
+}
+
+// First and past-the-last id of part `part` of `parts`: whole tiles.
+struct Span {
+  int begin, end;
+};
+__device__ inline Span part_of(int vocab_size, int part, int parts) {
+  const int64_t tiles = num_tiles(vocab_size), last = tiles * (part + 1) / parts * kTile;
+  return {static_cast<int>(tiles * part / parts * kTile), last < vocab_size ? static_cast<int>(last) : vocab_size};
+}
+
+// Part `part` of `parts` of a row: writes its share of block_max, and of values where something edits the logits.
+template <class T, class C = Compute<T>>
+__device__ inline void scan_row(const T* logits, int vocab_size, const RowFilter& f, const RowMemory<C>& m, int part,
+                                int parts) {
+  const auto [begin, end] = part_of(vocab_size, part, parts);
+  if (!m.values) return scan_blocks(logits, begin, end, m.block_max);
+  const bool bad = edit(logits, f, begin, end, m.values);
+  scan_blocks(m.values, begin, end, m.block_max);
+  if (!bad) return;
+  __syncthreads();  // the true maximum is written
+  if (threadIdx.x == 0 && begin < end) m.block_max[begin / kBlock] = kInf<C>;
+}
+
+// -- sums in the order of core/tiles.h --
+
+// Whether any of the tile's ids is kept; the same for all threads of the warp.
+__device__ inline bool keeps_any(const uint32_t* kept, int vocab_size, int tile) {
+  constexpr int kWordsPerTile = static_cast<int>(kTile) / kWord;
+  const int words = static_cast<int>(num_words(vocab_size));
+  uint32_t any = 0;
+  for (int w = tile * kWordsPerTile + lane_id(); w < (tile + 1) * kWordsPerTile && w < words; w += kWarp)
+    any |= kept[w];
+  return __any_sync(kAllLanes, any != 0) != 0;
+}
+
+// Sums of part `part` of `parts` of the row's tiles. value(v, out) gives as many elements from v on as `out` has,
+// zeros beyond the row; it is not asked about tiles of which `kept` (nullptr = all) keeps no id.
+template <class E, class C, class ValueOf>
+__device__ inline void sum_part(int vocab_size, const uint32_t* kept, double* tile_sums, int part, int parts,
+                                const ValueOf& value) {
+  const auto tiles = static_cast<int>(num_tiles(vocab_size));
+  const auto end = static_cast<int>(int64_t{tiles} * (part + 1) / parts);
+  for (int t = static_cast<int>(int64_t{tiles} * part / parts) + warp_id(); t < end; t += kWarps) {
+    C sum = 0;
+    if (!kept || keeps_any(kept, vocab_size, t)) sum = tile_sum<E, C>(t * static_cast<int>(kTile), vocab_size, value);
+    if (lane_id() == 0) tile_sums[t] = static_cast<double>(sum);
+  }
+}
+
+// The tiles' sums added up, for all threads, once all of them are written.
+__device__ inline double add_tiles(BlockSlots& slots, const double* tile_sums, int vocab_size) {
+  double sum = 0;
+  if (threadIdx.x == 0) sum = sum_tiles(tile_sums, static_cast<int>(num_tiles(vocab_size)));
+  return block_broadcast(slots, threadIdx.x == 0, sum);
+}
+
+template <class E, class C, class ValueOf>
+__device__ inline double sum_row(BlockSlots& slots, int vocab_size, const uint32_t* kept, double* tile_sums,
+                                 const ValueOf& value) {
+  sum_part<E, C>(vocab_size, kept, tile_sums, 0, 1, value);
+  __syncthreads();  // the tiles' sums are written
+  return add_tiles(slots, tile_sums, vocab_size);
+}
+
+// -- the law --
+
+// Every member function is for all threads of the block together, unless it says otherwise; what it returns is the same
+// for all.
+template <class E>
+class Law {
+ public:
+  using C = Compute<E>;
+  using Row = E;
+
+  // `max` is the largest of block_max, and a number.
+  __device__ Law(const E* x, int vocab_size, C max, const RowFilter& f, const RowMemory<C>& memory,
+                 LawShared<C>& shared)
+      : V(vocab_size), m(memory), s(shared), x_(x), max_(max + C(0)), inverse_temperature_(inverse_temperature<C>(f)) {
+    filter(f);
+  }
+
+  const int V;
+  const RowMemory<C>& m;
+  LawShared<C>& s;
+
+  // By any thread.
+  __device__ bool dense() const { return !kept_; }
+  __device__ const uint32_t* kept() const { return kept_; }
+  __device__ C max() const { return max_; }
+  __device__ C logit(int v) const { return load(x_[v]); }
+  __device__ bool keeps(int v) const { return !kept_ || (kept_[v / kWord] >> v % kWord & 1); }
+  __device__ C distance_of(C logit) const {
+    const C distance = (max_ - logit) * inverse_temperature_;
+    return !kept_ || distance < kEverywhere<C> ? distance : kEverywhere<C>;
+  }
+  // Of an id, inf where it was filtered out.
+  __device__ C kept_distance(int v) const { return keeps(v) ? distance_of(logit(v)) : kInf<C>; }
+  // The ids v .. v + kCount - 1, v a multiple of kCount: distances, inf beyond the row and where they were filtered
+  // out.
+  template <int kCount>
+  __device__ void distances(int v, C (&out)[kCount]) const {
+    uint32_t bits = ~uint32_t{0};
+    if (kept_) bits = v < V ? kept_[v / kWord] >> v % kWord : 0;
+    if ((bits & (kCount < kWord ? (uint32_t{1} << kCount) - 1 : ~uint32_t{0})) == 0) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) out[j] = kInf<C>;
+      return;
+    }
+    read(x_, v, V, -kInf<C>, out);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = v + j < V && (bits >> j & 1) ? distance_of(out[j]) : kInf<C>;
+  }
+  template <int kCount>
+  __device__ void weights(int v, C (&out)[kCount]) const {
+    distances(v, out);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = exp_minus(out[j]);
+  }
+
+  // Computes the sum that probabilities are divided by, and leaves the tiles' sums in m.tile_sum; `weighed`: they are
+  // there already.
+  __device__ void normalise(bool weighed = false) {
+    if (!weighed) weigh(0, 1);
+    __syncthreads();  // the tiles' sums are written
+    sum_ = add_tiles(s.slots, m.tile_sum, V);
+    inverse_sum_ = static_cast<C>(1.0 / sum_);
+  }
+  // The tiles' sums of part `part` of `parts`.
+  __device__ void weigh(int part, int parts) const {
+    sum_part<E, C>(V, kept_, m.tile_sum, part, parts, [&](int v, auto& out) { weights(v, out); });
+  }
+  // After normalise; by any thread.
+  __device__ double sum() const { return sum_; }
+  __device__ C inverse_sum() const { return inverse_sum_; }
+  __device__ C prob(int v) const { return exp_minus(kept_distance(v)) * inverse_sum_; }
+
+  // Entropy in nats, after normalise. Overwrites m.tile_sum.
+  __device__ double entropy() {
+    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) {
+      distances(v, out);
+      for (C& value : out) value = moment_of(value, exp_minus(value));
+    });
+    return log_(sum_) + moment / sum_;
+  }
+
+  // The most likely id, ties by id. Only typical_p can take the largest logit away.
+  __device__ int mode() const {
+    if (!kept_) return argmax();
+    Key<C> nearest = ~Key<C>{0};
+    for_kept([&](int v) { nearest = Smaller{}(nearest, rising_key(distance_of(logit(v)))); });
+    nearest = block_reduce(s.slots, nearest, Smaller{});
+    int first = V;
+    for_kept([&](int v) {
+      if (rising_key(distance_of(logit(v))) == nearest) first = Smaller{}(first, v);
+    });
+    return block_reduce(s.slots, first, Smaller{});
+  }
+
+  // Lowest id of the largest logit.
+  __device__ int argmax() const {
+    const auto blocks = static_cast<int>(num_blocks(V));
+    int block = blocks;
+    for (int g = static_cast<int>(threadIdx.x); g < blocks && block == blocks; g += kThreads)
+      if (m.block_max[g] == max_) block = g;
+    block = block_reduce(s.slots, block, Smaller{});
+    const int v = block * static_cast<int>(kBlock) + static_cast<int>(threadIdx.x);
+    const bool largest = threadIdx.x < kBlock && v < V && logit(v) == max_;
+    return block_reduce(s.slots, largest ? v : V, Smaller{});
+  }
+
+  // Leaves only the k most likely ids, ties by id.
+  __device__ void keep_top(int64_t k) {
+    if (!kept_) gather(limit_for(k));
+    // by logit: distances of logits far from the top may round to one number
+    if (k < count()) keep([&](int v) { return falling_key(logit(v)); }, static_cast<uint64_t>(k), One{});
+  }
+
+  // How many ids a law that is not dense keeps.
+  __device__ int count() const {
+    int mine = 0;
+    for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads) mine += __popc(kept_[w]);
+    return block_reduce(s.slots, mine, Plus{});
+  }
+
+  // body(v) for every id kept, each by one thread; not in order.
+  template <class Body>
+  __device__ void for_kept(const Body& body) const {
+    for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads)
+      for (uint32_t left = kept_[w]; left != 0; left &= left - 1) body(w * kWord + __ffs(static_cast<int>(left)) - 1);
+  }
+
+ private:
+  struct One {
+    __device__ uint64_t operator()(int) const { return 1; }
+  };
+
+  __device__ int words() const { return static_cast<int>(num_words(V)); }
+  __device__ C weight(int v) const { return exp_minus(distance_of(logit(v))); }
+
+  __device__ void filter(const RowFilter& f) {
+    if (is_greedy(f)) return keep_one(argmax());
+    const bool k = f.top_k > 0 && f.top_k < V, p = f.top_p < 1.0f;
+    uint64_t row_mass = 0;
+    if (p && (!k || f.order == kOrderJoint)) row_mass = mass_of_row();
+    if (k) keep_top(f.top_k);
+    if (p) {
+      uint64_t mass = kept_ ? mass_kept() : 0;
+      const uint64_t target = share_of(f.top_p, row_mass > 0 ? row_mass : mass);
+      // the bits have to hold the nucleus; most of the time that lies near the top
+      for (int i = 0; !k && mass < target; ++i) {
+        gather(nucleus_limit<C>(i));
+        mass = mass_kept();
+        if (nucleus_limit<C>(i) == kEverywhere<C>) break;
+      }
+      if (mass >= target) keep_nearest(target);
+    }
+    if (f.min_p > 0.0f) {
+      const C asked = static_cast<C>(f.min_p), least = asked < C(1) ? asked : C(1);  // the most likely id always stays
+      if (!kept_) gather(limit_of_weight(least));
+      for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads) {
+        uint32_t bits = kept_[w];
+        for (uint32_t left = bits; left != 0; left &= left - 1) {
+          const int bit = __ffs(static_cast<int>(left)) - 1;
+          if (!(weight(w * kWord + bit) >= least)) bits &= ~(uint32_t{1} << bit);
+        }
+        m.kept[w] = bits;
+      }
+      __syncthreads();  // the bits are written
+    }
+    if (f.typical_p < 1.0f) keep_typical(f.typical_p);
+  }
+
+  __device__ void keep_one(int id) {
+    for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads)
+      m.kept[w] = w == id / kWord ? uint32_t{1} << id % kWord : 0;
+    kept_ = m.kept;
+    __syncthreads();  // the bits are written
+  }
+
+  __device__ void keep_nearest(uint64_t target) {
+    keep([&](int v) { return rising_key(distance_of(logit(v))); }, target,
+         [&](int v) { return fixed_mass(weight(v)); });
+  }
+
+  __device__ void keep_typical(float part) {
+    if (!kept_) gather(kEverywhere<C>);
+    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) {
+      distances(v, out);
+      for (C& value : out) value = moment_of(value, exp_minus(value));
+    });
+    const double sum = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) { weights(v, out); });
+    const auto mean = static_cast<C>(moment / sum);
+    // |-log p - entropy|: the normaliser cancels
+    auto key = [&](int v) {
+      const C d = distance_of(logit(v));
+      return rising_key(d > mean ? d - mean : mean - d);
+    };
+    keep(key, share_of(part, mass_kept()), [&](int v) { return fixed_mass(weight(v)); });
+  }
+
+  __device__ uint64_t mass_kept() const {
+    uint64_t mass = 0;
+    for_kept([&](int v) { mass += fixed_mass(weight(v)); });
+    return block_reduce(s.slots, mass, Plus{});
+  }
+
+  __device__ uint64_t mass_of_row() const {
+    constexpr int kPer = kPerVector<E>;
+    uint64_t mass = 0;
+    for (int v = static_cast<int>(threadIdx.x) * kPer; v < V; v += kThreads * kPer) {
+      C w[kPer];
+      weights(v, w);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) mass += fixed_mass(w[j]);
+    }
+    return block_reduce(s.slots, mass, Plus{});
+  }
+
+  // A distance within which there are at least min(k, finite) ids, from the first digit of the blocks' distances.
+  __device__ C limit_for(int64_t k) const {
+    constexpr int kEach = (1 << kDigit) / kThreads;
+    const auto blocks = static_cast<int>(num_blocks(V));
+    if (k > blocks) return kEverywhere<C>;
+    for (int i = static_cast<int>(threadIdx.x); i < 1 << kDigit; i += kThreads) s.bin_count[i] = 0;
+    __syncthreads();  // the bins are empty
+    for (int g = static_cast<int>(threadIdx.x); g < blocks; g += kThreads)
+      atomicAdd(&s.bin_count[first_digit((max_ - m.block_max[g]) * inverse_temperature_)], 1u);
+    __syncthreads();  // and full
+    uint32_t bins[kEach];
+    uint64_t mine = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) mine += bins[i] = s.bin_count[threadIdx.x * kEach + i];
+    const uint64_t before = block_scan(s.slots, mine).before, wanted = static_cast<uint64_t>(k);
+    const bool here = before < wanted && wanted <= before + mine;
+    int end = static_cast<int>(threadIdx.x) * kEach;
+    for (uint64_t seen = before; here && seen < wanted;) seen += bins[end++ % kEach];
+    end = block_broadcast(s.slots, here, end);
+    return limit_of_digits<C>(static_cast<Key<C>>(end));
+  }
+
+  // Keeps the ids within `limit` of the top; kEverywhere keeps all that are not forbidden, also those whose distance is
+  // beyond any number.
+  __device__ void gather(C limit) {
+    const bool everywhere = limit == kEverywhere<C>;
+    const auto blocks = static_cast<int>(num_blocks(V));
+    const auto near = [&](C logit) {
+      return everywhere ? logit > -kInf<C> : (max_ - logit) * inverse_temperature_ <= limit;
+    };
+    constexpr int kPerBlock = static_cast<int>(kBlock) / kWord;
+    for (int first = warp_id() * kWarp; first < blocks; first += kWarps * kWarp) {
+      const int mine = first + lane_id();
+      const bool may = mine < blocks && near(m.block_max[mine]);
+      if (mine < blocks && !may) {
+#pragma unroll
+        for (int i = 0; i < kPerBlock; ++i)
+          if (mine * kPerBlock + i < words()) m.kept[mine * kPerBlock + i] = 0;
+      }
+      for (unsigned left = __ballot_sync(kAllLanes, may); left != 0; left &= left - 1) {
+        const int block = first + __ffs(static_cast<int>(left)) - 1;
+#pragma unroll
+        for (int i = 0; i < kPerBlock; ++i) {
+          const int word = block * kPerBlock + i, v = word * kWord + lane_id();
+          const unsigned bits = __ballot_sync(kAllLanes, v < V && near(logit(v)));
+          if (lane_id() == 0 && word < words()) m.kept[word] = bits;
+        }
+      }
+    }
+    kept_ = m.kept;
+    __syncthreads();  // the bits are written
+  }
+
+  // Radix selection: keeps the first ids in the order of key(v), then v, that measure at least `target` >= 1 together;
+  // all that are kept so far must.
+  template <class KeyOf, class Measure>
+  __device__ void keep(const KeyOf& key, uint64_t target, const Measure& measure) {
+    constexpr int kBits = 8;
+    static_assert(1 << kBits == kThreads);  // a bin to each thread
+    Key<C> prefix = 0;                      // the digits so far of the key at which the target is reached
+    uint64_t before = 0;                    // measure of the ids with smaller keys
+    for (int shift = 8 * static_cast<int>(sizeof(C)) - kBits; shift >= 0; shift -= kBits) {
+      s.bin_mass[threadIdx.x] = 0;
+      __syncthreads();  // the bins are empty
+      for_kept([&](int v) {
+        const Key<C> k = key(v);
+        // in two steps, for a shift by all bits is none
+        if (((k ^ prefix) >> shift) >> kBits == 0)
+          atomicAdd(reinterpret_cast<unsigned long long*>(&s.bin_mass[k >> shift & (kThreads - 1)]),
+                    static_cast<unsigned long long>(measure(v)));
+      });
+      __syncthreads();  // and full
+      const uint64_t mine = s.bin_mass[threadIdx.x], below = before + block_scan(s.slots, mine).before;
+      if (below < target && target <= below + mine) {
+        s.found = static_cast<int32_t>(threadIdx.x);
+        s.before = below;
+      }
+      __syncthreads();  // found
+      prefix |= static_cast<Key<C>>(s.found) << shift;
+      before = s.before;
+    }
+    // Ids at the threshold stay in order of id until the target is reached: each thread walks neighbouring words.
+    const int each = (words() + kThreads - 1) / kThreads;
+    const int begin = static_cast<int>(threadIdx.x) * each, end = begin + each < words() ? begin + each : words();
+    uint64_t ties = 0;
+    for (int w = begin; w < end; ++w)
+      for (uint32_t left = kept_[w]; left != 0; left &= left - 1) {
+        const int v = w * kWord + __ffs(static_cast<int>(left)) - 1;
+        if (key(v) == prefix) ties += measure(v);
+      }
+    uint64_t reached = before + block_scan(s.slots, ties).before;
+    for (int w = begin; w < end; ++w) {
+      uint32_t bits = kept_[w];
+      for (uint32_t left = bits; left != 0; left &= left - 1) {
+        const int bit = __ffs(static_cast<int>(left)) - 1, v = w * kWord + bit;
+        const Key<C> k = key(v);
+        bool stays = k < prefix;
+        if (k == prefix) {
+          stays = reached < target;
+          reached += measure(v);
+        }
+        if (!stays) bits &= ~(uint32_t{1} << bit);
+      }
+      m.kept[w] = bits;
+    }
+    __syncthreads();  // the bits are written
+  }
+
+  const E* const x_;
+  const C max_, inverse_temperature_;
+  const uint32_t* kept_ = nullptr;
+  double sum_ = 0;
+  C inverse_sum_ = 0;
+};
+
+// The law of a row that was scanned, given to use(law) if it has one. Returns the row's status bits.
+template <class T, class Use, class C = Compute<T>>
+__device__ inline int32_t with_law(const T* logits, int vocab_size, const RowFilter& f, const RowMemory<C>& m,
+                                   LawShared<C>& s, const Use& use) {
+  C max = -kInf<C>;
+  for (int g = static_cast<int>(threadIdx.x); g < num_blocks(vocab_size); g += kThreads)
+    max = Larger{}(max, m.block_max[g]);
+  max = block_reduce(s.slots, max, Larger{});
+  if (!(max < kInf<C>)) return kStatusNaN;
+  if (!(max > -kInf<C>)) return kStatusNoMass;
+  if constexpr (std::is_same_v<T, C>) {
+    Law<T> law(m.values ? m.values : logits, vocab_size, max, f, m, s);
+    use(law);
+  } else if (m.values) {
+    Law<C> law(m.values, vocab_size, max, f, m, s);
+    use(law);
+  } else {
+    Law<T> law(logits, vocab_size, max, f, m, s);
+    use(law);
+  }
+  return 0;
+}
+
+}  // namespace fastdecode::FD_ISA

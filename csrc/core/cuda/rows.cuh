@@ -1,0 +1,103 @@
+// How ops on rows of logits are launched: which row a block works on, what it reads, and the scan that comes first.
+#pragma once
+
+#include "core/cuda/law.cuh"
+#include "core/rows.h"
+
+namespace fastdecode::FD_ISA {
+
+// The rows of an op's arguments. Blocks are numbered along x alone, whose limit is 2^31 - 1.
+struct LogitRows {
+  const void* logits;
+  const int32_t* row_start;
+  const bool* active;
+  FilterArgs filters;
+  char* scratch;  // row_bytes of each row, one after the other
+  int64_t num_rows, batch, rows_per_request, vocab_size, batch_stride, row_stride, row_bytes;
+  bool edits;
+  DType dtype;
+};
+
+inline bool edits(const FilterArgs& f) { return f.bias || f.num_bans > 0 || f.bitmask; }
+inline bool cuts(const FilterArgs& f) { return f.top_k || f.top_p || f.min_p || f.typical_p; }
+
+// Of an op's arguments that has these fields; `row_start` may be nullptr.
+template <class Args>
+LogitRows logit_rows(const Args& a, const void* logits, const FilterArgs& filters, const int32_t* row_start,
+                     int64_t num_rows, int64_t rows_per_request, int64_t row_stride) {
+  const bool edited = edits(filters);
+  return {logits,
+          row_start,
+          a.active,
+          filters,
+          static_cast<char*>(a.scratch),
+          num_rows,
+          a.batch,
+          rows_per_request,
+          a.vocab_size,
+          a.batch_stride,
+          row_stride,
+          row_memory_bytes(a.vocab_size, edited, a.dtype),
+          edited,
+          a.dtype};
+}
+
+// One row as a block sees it.
+template <class T, class C = Compute<T>>
+struct RowView {
+  int64_t b, row;  // b = -1: the row belongs to no request
+  const T* logits;
+  RowFilter filter;
+  RowMemory<C> memory;
+  bool live;  // belongs to an active request
+
+  __device__ RowView(const LogitRows& a, int64_t r) {
+    const RowOwner owner = owner_of(r, a.rows_per_request, a.row_start, a.batch);
+    b = owner.b;
+    row = owner.row;
+    live = b >= 0 && (!a.active || a.active[b]);
+    logits =
+        static_cast<const T*>(a.logits) + (a.row_start ? r * a.row_stride : b * a.batch_stride + row * a.row_stride);
+    place_row(a.vocab_size, a.edits, a.scratch + r * a.row_bytes, memory);
+    if (live) filter = row_filter(a.filters, b, row, r);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) scan_kernel(LogitRows a, int parts) {
+  const RowView<T> view(a, blockIdx.x / parts);
+  if (view.live)
+    scan_row(view.logits, static_cast<int>(a.vocab_size), view.filter, view.memory,
+             static_cast<int>(blockIdx.x % parts), parts);
+}
+
+// Launches the scan where rows are cut into parts; kernels over whole rows begin with scan_if_alone.
+template <class T>
+void launch_scan(const LogitRows& a, int parts, const Exec& ex) {
+  if (parts > 1)
+    FD_LAUNCH((scan_kernel<T>), static_cast<unsigned>(a.num_rows * parts), kThreads, 0, ex.stream, a, parts);
+}
+
+template <class T, class C>
+__device__ inline void scan_if_alone(const RowView<T, C>& view, int vocab_size, int parts) {
+  if (parts > 1) return;
+  scan_row(view.logits, vocab_size, view.filter, view.memory, 0, 1);
+  __syncthreads();  // block_max and values are written
+}
+
+// The tiles' sums of laws that nothing cuts, a row's parts to as many blocks. After the scan.
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) weigh_kernel(LogitRows a, int parts) {
+  FD_SHARED(LawShared<C>, s);
+  const RowView<T> view(a, blockIdx.x / parts);
+  if (!view.live) return;
+  with_law(view.logits, static_cast<int>(a.vocab_size), view.filter, view.memory, s,
+           [&](auto& law) { law.weigh(static_cast<int>(blockIdx.x % parts), parts); });
+}
+
+template <class T>
+void launch_weigh(const LogitRows& a, int parts, const Exec& ex) {
+  FD_LAUNCH((weigh_kernel<T>), static_cast<unsigned>(a.num_rows * parts), kThreads, 0, ex.stream, a, parts);
+}
+
+}  // namespace fastdecode::FD_ISA

@@ -1,0 +1,117 @@
+#include "core/cuda/draw.cuh"
+#include "core/cuda/rows.cuh"
+#include "sample/sample.h"
+
+namespace fastdecode::FD_ISA {
+namespace {
+
+__device__ Draw draw_of(const SampleArgs& a, int64_t b) {
+  const RandomArgs& random = a.random;
+  return {random.uniforms != nullptr, random.uniforms ? random.uniforms[b * random.uniform_stride] : 0.0,
+          Noise(random.seed ? random.seed[b] : 0, random.offset ? random.offset[b] : 0, a.stream, a.node)};
+}
+
+// A block per row.
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) sample_kernel(SampleArgs a, LogitRows rows, int parts) {
+  FD_SHARED(LawShared<C>, s);
+  const int64_t b = blockIdx.x;
+  const auto V = static_cast<int>(a.vocab_size);
+  const RowView<T> view(rows, b);
+  int64_t token = -1;
+  int32_t status = 0;
+  if (view.live) {
+    scan_if_alone(view, V, parts);
+    const Draw random = draw_of(a, b);
+    status = with_law(view.logits, V, view.filter, view.memory, s, [&](auto& law) { token = draw(law, random); });
+  }
+  if (threadIdx.x != 0) return;
+  a.tokens[b] = token;
+  a.status[b] = status;
+}
+
+// Few rows and nothing but a temperature: the race itself is cut into parts, after the scan.
+template <class C>
+struct Part {
+  C best;
+  int64_t winner;
+};
+
+// Where the parts' leaders stand: behind the rows' memory.
+template <class C>
+FD_HD Part<C>* part_leaders(const LogitRows& rows) {
+  return reinterpret_cast<Part<C>*>(rows.scratch + rows.num_rows * rows.row_bytes);
+}
+
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) race_kernel(SampleArgs a, LogitRows rows, int parts) {
+  FD_SHARED(LawShared<C>, s);
+  const int64_t b = blockIdx.x / parts;
+  const auto V = static_cast<int>(a.vocab_size), part = static_cast<int>(blockIdx.x % parts);
+  const RowView<T> view(rows, b);
+  if (!view.live) return;
+  const Span span = part_of(V, part, parts);
+  const Draw random = draw_of(a, b);
+  Leader<C> leader;
+  const int32_t status = with_law(view.logits, V, view.filter, view.memory, s, [&](auto& law) {
+    Leader<C> mine;
+    const int top = law.argmax();
+    mine.enter(top, C(0), random.noise.word(top));
+    if (law.dense()) mine = race(law, random.noise, mine, span.begin, span.end);
+    leader = join_leaders(s.slots, mine);
+  });
+  if (threadIdx.x != 0) return;
+  part_leaders<C>(rows)[blockIdx.x] = {leader.best, leader.winner};
+  if (part == 0) a.status[b] = status;
+}
+
+// A thread per row.
+template <class C>
+__global__ void __launch_bounds__(kWarp) race_end_kernel(SampleArgs a, LogitRows rows, int parts) {
+  const int64_t b = int64_t{blockIdx.x} * kWarp + threadIdx.x;
+  if (b >= a.batch) return;
+  a.tokens[b] = -1;
+  if (a.active && !a.active[b]) a.status[b] = 0;
+  if (a.status[b] != 0 || (a.active && !a.active[b])) return;
+  Leader<C> leader;
+  for (int part = 0; part < parts; ++part) {
+    const Part<C>& other = part_leaders<C>(rows)[b * parts + part];
+    leader.enter_total(other.winner, other.best);
+  }
+  a.tokens[b] = leader.winner;
+}
+
+LogitRows rows_of(const SampleArgs& a) { return logit_rows(a, a.logits, a.filters, nullptr, a.batch, 1, 0); }
+
+bool races_in_parts(const SampleArgs& a, int parts) {
+  return parts > 1 && a.random.seed && !cuts(a.filters) && !edits(a.filters);
+}
+
+template <class T, class C = Compute<T>>
+void run(const SampleArgs& a, const Exec& ex) {
+  const LogitRows rows = rows_of(a);
+  const int parts = num_row_parts(a.batch, a.vocab_size, ex);
+  launch_scan<T>(rows, parts, ex);
+  const auto batch = static_cast<unsigned>(a.batch);
+  if (!races_in_parts(a, parts)) {
+    FD_LAUNCH((sample_kernel<T>), batch, kThreads, 0, ex.stream, a, rows, parts);
+    return;
+  }
+  FD_LAUNCH((race_kernel<T>), batch * parts, kThreads, 0, ex.stream, a, rows, parts);
+  FD_LAUNCH((race_end_kernel<C>), (batch + kWarp - 1) / kWarp, kWarp, 0, ex.stream, a, rows, parts);
+}
+
+}  // namespace
+}  // namespace fastdecode::FD_ISA
+
+int64_t fastdecode::cuda::sample_scratch_bytes(const SampleArgs& a, const Exec& ex) {
+  const FD_ISA::LogitRows rows = FD_ISA::rows_of(a);
+  const int parts = FD_ISA::num_row_parts(a.batch, a.vocab_size, ex);
+  const int64_t leaders = FD_ISA::races_in_parts(a, parts) ? a.batch * parts : 0;
+  return rows.num_rows * rows.row_bytes + leaders * static_cast<int64_t>(sizeof(FD_ISA::Part<double>));
+}
+
+void fastdecode::cuda::sample(const SampleArgs& a, const Exec& ex) {
+  if (a.batch == 0) return;
+  FD_ISA::dispatch_logits(a.dtype, [&](auto tag) { FD_ISA::run<typename decltype(tag)::type>(a, ex); });
+}
