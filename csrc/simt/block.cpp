@@ -1,5 +1,5 @@
 // The scheduler: which thread runs next, block barriers, the life of a block.
-#include "simt/block.h"
+#include "simt/internal.h"
 
 #include <algorithm>
 #include <bit>
@@ -25,45 +25,8 @@ void (*kernel_body)(void*);
 void* kernel_context;
 std::string failure;  // the first fault of the launch
 
-uint32_t random_bits() {
-  grid.random += 0xa0761d6478bd642fu;  // wyrand
-  const unsigned __int128 m = static_cast<unsigned __int128>(grid.random) * (grid.random ^ 0xe7037ed1a0b428dbu);
-  return static_cast<uint32_t>(static_cast<uint64_t>(m >> 64) ^ static_cast<uint64_t>(m));
-}
-
-// A member of a non-empty subset of [0, size): the first from a random place on. 8 random bits.
-int choose(uint32_t set, int size, uint32_t random) {
-  const uint32_t from = set & (~0u << ((random & 255) * static_cast<uint32_t>(size) >> 8));
-  return std::countr_zero(from ? from : set);
-}
-
-void new_mood() {
-  const uint32_t r = random_bits();
-  grid.keep_warp = r >> 31;
-  grid.keep_block = (r >> 30) & 1;
-}
-
-// Takes a runnable thread; nullptr if there is none. Mostly random; `keep_*` lets one warp or block run far ahead.
-Thread* take(Block* block, Warp* warp) {
-  if (!grid.runnable) return nullptr;
-  const uint32_t r = random_bits();
-  if (!(grid.keep_block && block && block->runnable)) {
-    Block* const other = blocks[choose(grid.runnable, grid.live, r >> 24)].get();
-    if (other != block) warp = nullptr;
-    block = other;
-  }
-  if (!(grid.keep_warp && warp && warp->runnable))
-    warp = &block->warps[choose(block->runnable, block->num_warps, r >> 16)];
-  const int lane = choose(warp->runnable, kWarpSize, r >> 8);
-  warp->runnable &= ~(1u << lane);
-  if (!warp->runnable) block->runnable &= ~(1u << (warp - block->warps));
-  if (!block->runnable) grid.runnable &= ~(1u << block->slot);
-  return &warp->threads[lane];
-}
-
-void switch_thread() {
+void run(Thread* next) {
   Thread& me = *current;
-  Thread* const next = take(me.block, me.warp);
   if (next == &me) return;
   current = next;
   switch_fiber(me.fiber, next->fiber);
@@ -106,7 +69,7 @@ void run_thread() {
     failure = located("exception of an unknown type", me);
   }
   // A finished block's stacks are used again: not from one of them.
-  Thread* const next = failure.empty() && block.exited < block.size ? take(&block, me.warp) : nullptr;
+  Thread* const next = failure.empty() && block.exited < block.size ? take() : nullptr;
   current = next;
   switch_fiber(me.fiber, next ? next->fiber : main_fiber, /*last=*/true);
   std::terminate();
@@ -122,7 +85,6 @@ void start_block(int slot, uint64_t number) {
   block.num_warps = (block.size + kWarpSize - 1) / kWarpSize;
   block.exited = block.waiting = 0;
   block.runnable = 0;
-  new_mood();
   start_shared(block);
   for (int t = 0; t < block.size; ++t) {
     Thread& thread = block.threads[t];
@@ -130,7 +92,7 @@ void start_block(int slot, uint64_t number) {
     thread.index = {i % n.x, i / n.x % n.y, i / n.x / n.y};
     thread.block = &block;
     thread.warp = &block.warps[t / kWarpSize];
-    thread.lane = t % kWarpSize;
+    thread.lane = static_cast<int16_t>(t % kWarpSize);
     thread.call = Call::kNone;
     thread.open_group = 0;
     thread.copies.clear();
@@ -141,9 +103,9 @@ void start_block(int slot, uint64_t number) {
     Warp& warp = block.warps[w];
     warp.threads = &block.threads[w * kWarpSize];
     warp.exists = lanes == kWarpSize ? ~0u : (1u << lanes) - 1;
-    warp.runnable = warp.waiting = warp.exited = warp.claimed = 0;
-    mark_runnable(warp, warp.exists);
+    warp.waiting = warp.exited = warp.claimed = 0;
   }
+  wake_all(block);
 }
 
 void check_launch(const std::string& kernel, dim3 size, dim3 block, size_t shared_bytes) {
@@ -163,32 +125,21 @@ void check_launch(const std::string& kernel, dim3 size, dim3 block, size_t share
 
 }  // namespace
 
-void mark_runnable(Warp& warp, uint32_t lanes) {
-  Block& block = *warp.threads->block;
-  warp.runnable |= lanes;
-  block.runnable |= 1u << (&warp - block.warps);
-  grid.runnable |= 1u << block.slot;
-}
-
 void park() {
   if (!current->block->runnable) stuck(*current->block);
-  switch_thread();
+  run(take());
 }
 
 void yield() {
-  const uint32_t r = random_bits();
-  switches_until_yield = static_cast<int>(r & 7);
-  if ((r >> 3 & 7) == 0) new_mood();
+  switches_until_yield = static_cast<int>(random_bits() & 7);
   if (++grid.idle > kMaxIdle) fault("livelock: no thread got any further while this one repeats atomics or fences");
-  Thread& me = *current;
-  mark_runnable(*me.warp, 1u << me.lane);
-  switch_thread();
+  run(exchange(current));
 }
 
 uint64_t block_barrier(Call call, uint64_t value, Site site) {
   Thread& me = *current;
   Block& block = *me.block;
-  if (call == Call::kSyncThreads && skipped(call, site)) {
+  if (grid.skips && call == Call::kSyncThreads && skipped(call, site)) {
     yield();
     return 0;
   }
@@ -201,6 +152,7 @@ uint64_t block_barrier(Call call, uint64_t value, Site site) {
     block.call = call;
     block.site = site;
     block.gathered = call == Call::kSyncThreadsAnd;
+    if (call == Call::kSyncThreads) note_barrier(call, site);
   } else if (block.call != call || !(block.site == site)) {
     fault("divergence: it ", waits(me), " while ", block.waiting, " threads of its block wait in ", block.call, " (",
           block.site, ")");
@@ -214,9 +166,8 @@ uint64_t block_barrier(Call call, uint64_t value, Site site) {
     block.waiting = 0;
     block.result = block.gathered;  // nobody is still to read the last one: all have arrived here since
     grid.idle = 0;
-    new_mood();
-    for (int w = 0; w < block.num_warps; ++w) mark_runnable(block.warps[w], block.warps[w].exists);
-    switch_thread();
+    wake_all(block);
+    park();
   }
   me.call = Call::kNone;
   return block.result;
@@ -238,14 +189,13 @@ void run_grid(const char* kernel, dim3 size, dim3 block_size, size_t shared_byte
   ++grid.launch;
   grid.random = settings.seed * 0x9e3779b97f4a7c15u;
   grid.poison = settings.poison ? 0xff : 0x7b;
-  grid.live = live;
-  grid.runnable = 0;
+  clear_queue();
   grid.idle = 0;
+  grid.skips = !settings.skip_barrier.empty();
   kernel_body = body;
   kernel_context = context;
   failure.clear();
   main_fiber = {};
-  new_mood();
   switches_until_yield = 0;
 
   for (int slot = 0; slot < live; ++slot) {
@@ -259,8 +209,7 @@ void run_grid(const char* kernel, dim3 size, dim3 block_size, size_t shared_byte
   uint64_t started = 0;
   auto start = [&](int slot) { start_block(slot, (first + started++ * (step % count)) % count); };
   for (int slot = 0; slot < live; ++slot) start(slot);
-  while (grid.runnable) {
-    current = take(nullptr, nullptr);
+  while ((current = take())) {
     switch_fiber(main_fiber, current->fiber);
     if (!failure.empty()) {
       for (int i = 0; i < live * kMaxThreads; ++i) {

@@ -1,10 +1,9 @@
-// The state of a launch: threads, warps, blocks, and the choice of who runs next.
+// The state of a launch, and what the calls in kernels do with it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -66,29 +65,31 @@ struct AsyncCopy {
 struct Block;
 struct Warp;
 
-struct Thread {
+// What a switch touches comes first, in one cache line.
+struct alignas(64) Thread {
   Fiber fiber;
-  uint3 index;
   Block* block;
   Warp* warp;
-  int lane;
-  // The call that it waits in.
-  Call call;
+  uint3 index;
   uint32_t mask;
   Site site;
-  uint64_t value;  // operand, zero-extended bits
+  Call call;  // that it waits in, at site, with mask
+  int16_t lane;
+  // The operands and the result of a collective.
+  uint64_t result;
+  uint64_t value;  // zero-extended bits
   int argument;    // source lane or offset of a shuffle
   int width;
-  uint64_t result;
   // cp.async
   uint32_t open_group;  // number of groups committed
   std::vector<AsyncCopy> copies;
 };
 
-// Sets of lanes. A lane of `exists` is in runnable, waiting (in a collective), exited, at a block barrier, or running.
+// Sets of lanes.
 struct Warp {
   Thread* threads;
-  uint32_t exists, runnable, waiting, exited;
+  uint32_t exists, exited;
+  uint32_t waiting;  // in a collective
   uint32_t claimed;  // union of the masks of the waiting lanes; masks in use are equal or disjoint
 };
 
@@ -102,7 +103,7 @@ struct Block {
   Call call;
   Site site;
   uint64_t gathered, result;
-  uint32_t runnable;  // warps with a runnable lane
+  int runnable;  // threads in the queue
   std::byte* arena;
   Warp warps[kMaxWarps];
   Thread threads[kMaxThreads];
@@ -114,11 +115,10 @@ struct Grid {
   size_t shared_bytes;
   uint64_t launch = 0;  // launches so far in this process
   uint64_t random;
-  bool keep_block, keep_warp;  // go on with the same one while it can run
-  int live;                    // blocks at once
-  uint32_t runnable;           // those of them with a runnable lane
-  uint64_t idle;               // switches since a barrier, collective or thread ended
+  int front_of_8;  // see queue.cpp
+  uint64_t idle;   // switches since a barrier, collective or thread ended
   unsigned char poison;
+  bool skips;  // there is a barrier to skip
 };
 
 extern Grid grid;
@@ -135,31 +135,5 @@ inline void preemption_point() {
 void async_copy(void* shared, const void* global, int bytes, Site site);
 void async_commit();
 void async_wait(int groups_left);
-
-// Between the parts of the executor.
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
-void park();  // the running thread waits until another one marks it runnable
-void mark_runnable(Warp& warp, uint32_t lanes);
-void start_shared(Block& block);
-void begin_shared_launch();
-bool skipped(Call call, Site site);
-[[noreturn]] void stuck(Block& block);  // none of its threads can run
-// Ends the launch: unwinds the running thread to its base. Reported as the fault of `thread`.
-[[noreturn]] void report(const std::string& what, const Thread* thread);
-template <class... Parts>
-[[noreturn]] void fault(const Parts&... parts) {
-  report(text(parts...), current);
-}
-std::string located(const std::string& what, const Thread& thread);
-std::string waits(const Thread& thread);  // "waits in ..."
-std::string position(uint3 v);
-std::string lanes(uint32_t mask);
-std::ostream& operator<<(std::ostream& out, Call call);
-std::ostream& operator<<(std::ostream& out, Site site);
 
 }  // namespace fastdecode::simt

@@ -5,7 +5,7 @@
 #include <deque>
 #include <mutex>
 
-#include "simt/block.h"
+#include "simt/internal.h"
 
 namespace fastdecode::simt {
 
@@ -114,12 +114,9 @@ Barrier& find_barrier(Call call, Site site) {
 
 }  // namespace
 
-bool skipped(Call call, Site site) {
-  Barrier& barrier = find_barrier(call, site);
-  ++barrier.executions;
-  const std::string& skip = config().skip_barrier;
-  return !skip.empty() && barrier.site == skip;
-}
+void note_barrier(Call call, Site site) { ++find_barrier(call, site).executions; }
+
+bool skipped(Call call, Site site) { return find_barrier(call, site).site == config().skip_barrier; }
 
 }  // namespace fastdecode::simt
 

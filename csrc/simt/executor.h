@@ -83,7 +83,7 @@ FD_SIMT_API void fastdecode_simt_configure(uint64_t seed, int poison, int live_b
 FD_SIMT_API int fastdecode_simt_barrier_count();
 FD_SIMT_API const char* fastdecode_simt_barrier_site(int i);     // "file:line"; nullptr if there is no i
 FD_SIMT_API const char* fastdecode_simt_barrier_kind(int i);     // "__syncthreads" or "__syncwarp"
-FD_SIMT_API uint64_t fastdecode_simt_barrier_executions(int i);  // by all threads, skipped ones too
+FD_SIMT_API uint64_t fastdecode_simt_barrier_executions(int i);  // by blocks or warps; not while it is skipped
 // Makes that barrier ("file:line") do nothing; nullptr or "" restores all.
 FD_SIMT_API void fastdecode_simt_skip_barrier(const char* site);
 }

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <new>
 
-#include "simt/block.h"
+#include "simt/internal.h"
 
 namespace fastdecode::simt {
 namespace {

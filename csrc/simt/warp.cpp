@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "simt/block.h"
+#include "simt/internal.h"
 
 namespace fastdecode::simt {
 namespace {
@@ -87,7 +87,7 @@ void check_shuffle(const Thread& me, uint32_t members) {
 uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int width, Site site) {
   Thread& me = *current;
   Warp& warp = *me.warp;
-  if (call == Call::kSyncWarp && skipped(call, site)) {
+  if (grid.skips && call == Call::kSyncWarp && skipped(call, site)) {
     yield();
     return 0;
   }
@@ -116,6 +116,7 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int 
       fault("divergence: it ", waits(me), " while lane ", other.lane, " ", waits(other));
     }
   }
+  if (call == Call::kSyncWarp && !(warp.claimed & mask)) note_barrier(call, site);
   warp.waiting |= 1u << me.lane;
   warp.claimed |= mask;
   if ((warp.waiting & members) != members) {
@@ -125,7 +126,7 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int 
     warp.waiting &= ~members;
     warp.claimed &= ~mask;
     grid.idle = 0;
-    mark_runnable(warp, members);
+    wake(warp, members);
     park();
   }
   me.call = Call::kNone;
