@@ -47,6 +47,16 @@ FD_HD inline float load(Half x) {
   return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | sign);
 }
 
+// Bits of -inf, in an integer as wide as T.
+template <class T>
+inline constexpr uint64_t kMinusInfinity = 0xfff0'0000'0000'0000;
+template <>
+inline constexpr uint32_t kMinusInfinity<float> = 0xff80'0000;
+template <>
+inline constexpr uint16_t kMinusInfinity<Half> = 0xfc00;
+template <>
+inline constexpr uint16_t kMinusInfinity<BFloat16> = 0xff80;
+
 template <class Visitor>
 void dispatch_logits(DType dtype, Visitor&& visit) {
   switch (dtype) {

@@ -17,26 +17,6 @@ constexpr auto kBit = [] {
   return bit;
 }();
 
-// Bits of -inf; logits are handled as bits, so that a NaN passes unchanged and float16 needs no conversion.
-template <class T>
-struct Infinity;
-template <>
-struct Infinity<double> {
-  static constexpr uint64_t kMinus = 0xfff0'0000'0000'0000;
-};
-template <>
-struct Infinity<float> {
-  static constexpr uint32_t kMinus = 0xff80'0000;
-};
-template <>
-struct Infinity<Half> {
-  static constexpr uint16_t kMinus = 0xfc00;
-};
-template <>
-struct Infinity<BFloat16> {
-  static constexpr uint16_t kMinus = 0xff80;
-};
-
 // Up to this many ids of a word are forbidden one by one: a store waits for no cache line, a blend waits for both.
 constexpr int kFew = 4;
 
@@ -66,9 +46,9 @@ void one_row(const ApplyTokenBitmaskArgs& a, const int32_t* mask, Bits* x, Bits 
 
 template <class T>
 void run(const ApplyTokenBitmaskArgs& a, const Exec& ex) {
-  constexpr auto minus_infinity = Infinity<T>::kMinus;
+  // Logits are handled as bits, so that a NaN passes unchanged and float16 needs no conversion.
+  constexpr auto minus_infinity = kMinusInfinity<T>;
   using Bits = std::remove_const_t<decltype(minus_infinity)>;
-  static_assert(sizeof(Bits) == sizeof(T));
   for_each_row(ex, a.batch * a.rows, a.vocab_size, nullptr, 0, [&](int64_t r, void*) {
     const int64_t b = r / a.rows, row = r % a.rows;
     if (a.active && !a.active[b]) return;

@@ -37,6 +37,14 @@ __device__ inline void store_chunk(void* p, const Chunk<kBytes>& chunk) {
   *static_cast<Chunk<kBytes>*>(p) = chunk;
 }
 
+// The same of 16 bytes that come as a kernel's argument, which would be copied word by word.
+__device__ inline void store_vector(void* p, uint4 vector) {
+#if !defined(__CUDACC__)
+  simt::check_aligned(p, 16);
+#endif
+  *static_cast<uint4*>(p) = vector;
+}
+
 // out[j] = x[v + j], or `fill` where v + j >= n. Loads of up to 16 bytes where x + v is aligned to them.
 template <int kCount, class E, class C = Compute<E>>
 __device__ inline void read(const E* x, int v, int n, C fill, C (&out)[kCount]) {
