@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sample_kernel(SampleAr
   FD_SHARED(LawShared<C>, s);
   const int64_t b = blockIdx.x;
   const auto V = static_cast<int>(a.vocab_size);
-  const RowView<T> view(rows, b);
+  const RowView<T> view = rows.view<T>(b);
   int64_t token = -1;
   int32_t status = 0;
   if (view.live) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) race_kernel(SampleArgs
   FD_SHARED(LawShared<C>, s);
   const int64_t b = blockIdx.x / parts;
   const auto V = static_cast<int>(a.vocab_size), part = static_cast<int>(blockIdx.x % parts);
-  const RowView<T> view(rows, b);
+  const RowView<T> view = rows.view<T>(b);
   if (!view.live) return;
   const Span span = part_of(V, part, parts);
   const Draw random = draw_of(a, b);

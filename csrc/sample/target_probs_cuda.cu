@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   FD_SHARED(LawShared<C>, s);
   const int64_t r = blockIdx.x / parts;
   const auto V = static_cast<int>(a.vocab_size), part = static_cast<int>(blockIdx.x % parts);
-  const RowView<T> view(rows, r);
+  const RowView<T> view = rows.view<T>(r);
   const Span span = part_of(V, part, parts);
   C* const probs = static_cast<C*>(a.probs) + r * a.vocab_size;
   int32_t status = 0;

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   FD_SHARED(LawShared<C>, s);
   const int64_t r = blockIdx.x;
   const auto V = static_cast<int>(a.vocab_size);
-  const RowView<T> view(rows, r);
+  const RowView<T> view = rows.view<T>(r);
   int64_t* const ids = a.top_ids + r * a.top;
   C* const top_logprobs = static_cast<C*>(a.top_logprobs) + r * a.top;
   C logprob = 0;

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) topk_kernel(TopkLogits
   FD_SHARED(LawShared<C>, s);
   const int64_t r = blockIdx.x;
   const auto V = static_cast<int>(a.vocab_size);
-  const RowView<T> view(rows, r);
+  const RowView<T> view = rows.view<T>(r);
   C* const values = static_cast<C*>(a.values) + r * a.k;
   int64_t* const ids = a.ids + r * a.k;
   int32_t status = 0;

@@ -186,6 +186,12 @@ __device__ inline double sum_row(BlockSlots& slots, int vocab_size, const uint32
 
 // -- the law --
 
+// What another kernel needs to go on with a law; `sum` is 0 before normalise.
+struct Settled {
+  double max, sum;
+  bool dense;
+};
+
 // Every member function is for all threads of the block together, unless it says otherwise; what it returns is the same
 // for all.
 template <class E>
@@ -195,11 +201,25 @@ class Law {
   using Row = E;
 
   // `max` is the largest of block_max, and a number.
-  __device__ Law(const E* x, int vocab_size, C max, const RowFilter& f, const RowMemory<C>& memory,
-                 LawShared<C>& shared)
+  __device__ Law(const E* x, int vocab_size, C max, const RowFilter& f, const RowMemory<C>& memory, LawShared<C>& shared)
       : V(vocab_size), m(memory), s(shared), x_(x), max_(max + C(0)), inverse_temperature_(inverse_temperature<C>(f)) {
     filter(f);
   }
+
+  // The law that an earlier one of the same row left in `memory`.
+  __device__ Law(const E* x, int vocab_size, const Settled& settled, const RowFilter& f, const RowMemory<C>& memory,
+                 LawShared<C>& shared)
+      : V(vocab_size),
+        m(memory),
+        s(shared),
+        x_(x),
+        max_(static_cast<C>(settled.max)),
+        inverse_temperature_(inverse_temperature<C>(f)),
+        kept_(settled.dense ? nullptr : memory.kept),
+        sum_(settled.sum),
+        inverse_sum_(static_cast<C>(1.0 / settled.sum)) {}
+
+  __device__ Settled settled() const { return {static_cast<double>(max_), sum_, dense()}; }
 
   const int V;
   const RowMemory<C>& m;
@@ -217,20 +237,21 @@ class Law {
   }
   // Of an id, inf where it was filtered out.
   __device__ C kept_distance(int v) const { return keeps(v) ? distance_of(logit(v)) : kInf<C>; }
-  // The ids v .. v + kCount - 1, v a multiple of kCount: distances, inf beyond the row and where they were filtered
-  // out.
+  // Of the ids v .. v + kCount - 1, v a multiple of kCount, bit j: v + j is one of the row, and kept.
+  template <int kCount>
+  __device__ uint32_t bits(int v) const {
+    static_assert(kWord % kCount == 0 && kCount < kWord);
+    const int left = V - v;
+    const uint32_t inside = (uint32_t{1} << (left < 0 ? 0 : left < kCount ? left : kCount)) - 1;
+    return kept_ && inside ? inside & kept_[v / kWord] >> v % kWord : inside;
+  }
+  // Their distances, inf where the bit is 0.
   template <int kCount>
   __device__ void distances(int v, C (&out)[kCount]) const {
-    uint32_t bits = ~uint32_t{0};
-    if (kept_) bits = v < V ? kept_[v / kWord] >> v % kWord : 0;
-    if ((bits & (kCount < kWord ? (uint32_t{1} << kCount) - 1 : ~uint32_t{0})) == 0) {
+    const uint32_t here = bits<kCount>(v);
+    if (here) read(x_, v, V, -kInf<C>, out);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) out[j] = kInf<C>;
-      return;
-    }
-    read(x_, v, V, -kInf<C>, out);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) out[j] = v + j < V && (bits >> j & 1) ? distance_of(out[j]) : kInf<C>;
+    for (int j = 0; j < kCount; ++j) out[j] = here >> j & 1 ? distance_of(out[j]) : kInf<C>;
   }
   template <int kCount>
   __device__ void weights(int v, C (&out)[kCount]) const {
@@ -513,6 +534,18 @@ class Law {
   C inverse_sum_ = 0;
 };
 
+// use(x) on the row that the law is of: the edited values where there are any, else the logits.
+template <class T, class Use, class C = Compute<T>>
+__device__ inline void with_values(const T* logits, const RowMemory<C>& m, const Use& use) {
+  if constexpr (std::is_same_v<T, C>) {
+    use(m.values ? m.values : logits);
+  } else if (m.values) {
+    use(static_cast<const C*>(m.values));
+  } else {
+    use(logits);
+  }
+}
+
 // The law of a row that was scanned, given to use(law) if it has one. Returns the row's status bits.
 template <class T, class Use, class C = Compute<T>>
 __device__ inline int32_t with_law(const T* logits, int vocab_size, const RowFilter& f, const RowMemory<C>& m,
@@ -523,17 +556,21 @@ __device__ inline int32_t with_law(const T* logits, int vocab_size, const RowFil
   max = block_reduce(s.slots, max, Larger{});
   if (!(max < kInf<C>)) return kStatusNaN;
   if (!(max > -kInf<C>)) return kStatusNoMass;
-  if constexpr (std::is_same_v<T, C>) {
-    Law<T> law(m.values ? m.values : logits, vocab_size, max, f, m, s);
+  with_values(logits, m, [&](const auto* x) {
+    Law law(x, vocab_size, max, f, m, s);
     use(law);
-  } else if (m.values) {
-    Law<C> law(m.values, vocab_size, max, f, m, s);
-    use(law);
-  } else {
-    Law<T> law(logits, vocab_size, max, f, m, s);
-    use(law);
-  }
+  });
   return 0;
+}
+
+// The same law again, from another kernel.
+template <class T, class Use, class C = Compute<T>>
+__device__ inline void with_settled_law(const T* logits, int vocab_size, const Settled& settled, const RowFilter& f,
+                                        const RowMemory<C>& m, LawShared<C>& s, const Use& use) {
+  with_values(logits, m, [&](const auto* x) {
+    Law law(x, vocab_size, settled, f, m, s);
+    use(law);
+  });
 }
 
 }  // namespace fastdecode::FD_ISA

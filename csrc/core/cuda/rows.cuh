@@ -6,6 +6,16 @@
 
 namespace fastdecode::FD_ISA {
 
+// One row as a block sees it.
+template <class T, class C = Compute<T>>
+struct RowView {
+  int64_t b, row;  // b = -1: the row belongs to no request
+  const T* logits;
+  RowFilter filter;
+  RowMemory<C> memory;
+  bool live;  // belongs to an active request
+};
+
 // The rows of an op's arguments. Blocks are numbered along x alone, whose limit is 2^31 - 1.
 struct LogitRows {
   const void* logits;
@@ -16,9 +26,20 @@ struct LogitRows {
   int64_t num_rows, batch, rows_per_request, vocab_size, batch_stride, row_stride, row_bytes;
   bool edits;
   DType dtype;
+
+  template <class T>
+  __device__ RowView<T> view(int64_t r) const {
+    const RowOwner owner = owner_of(r, rows_per_request, row_start, batch);
+    RowView<T> row{owner.b, owner.row, static_cast<const T*>(logits), {}, {}, false};
+    row.logits += row_start ? r * row_stride : owner.b * batch_stride + owner.row * row_stride;
+    place_row(vocab_size, edits, scratch + r * row_bytes, row.memory);
+    row.live = owner.b >= 0 && (!active || active[owner.b]);
+    if (row.live) row.filter = row_filter(filters, owner.b, owner.row, r);
+    return row;
+  }
 };
 
-inline bool edits(const FilterArgs& f) { return f.bias || f.num_bans > 0 || f.bitmask; }
+FD_HD inline bool edits(const FilterArgs& f) { return f.bias || f.num_bans > 0 || f.bitmask; }
 inline bool cuts(const FilterArgs& f) { return f.top_k || f.top_p || f.min_p || f.typical_p; }
 
 // Of an op's arguments that has these fields; `row_start` may be nullptr.
@@ -42,40 +63,20 @@ LogitRows logit_rows(const Args& a, const void* logits, const FilterArgs& filter
           a.dtype};
 }
 
-// One row as a block sees it.
-template <class T, class C = Compute<T>>
-struct RowView {
-  int64_t b, row;  // b = -1: the row belongs to no request
-  const T* logits;
-  RowFilter filter;
-  RowMemory<C> memory;
-  bool live;  // belongs to an active request
-
-  __device__ RowView(const LogitRows& a, int64_t r) {
-    const RowOwner owner = owner_of(r, a.rows_per_request, a.row_start, a.batch);
-    b = owner.b;
-    row = owner.row;
-    live = b >= 0 && (!a.active || a.active[b]);
-    logits =
-        static_cast<const T*>(a.logits) + (a.row_start ? r * a.row_stride : b * a.batch_stride + row * a.row_stride);
-    place_row(a.vocab_size, a.edits, a.scratch + r * a.row_bytes, memory);
-    if (live) filter = row_filter(a.filters, b, row, r);
-  }
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) scan_kernel(LogitRows a, int parts) {
-  const RowView<T> view(a, blockIdx.x / parts);
+// The kernels below are for any Rows that counts num_rows of vocab_size logits and gives view<T>(r).
+template <class T, class Rows>
+__global__ void __launch_bounds__(kThreads) scan_kernel(Rows rows, int parts) {
+  const RowView<T> view = rows.template view<T>(blockIdx.x / parts);
   if (view.live)
-    scan_row(view.logits, static_cast<int>(a.vocab_size), view.filter, view.memory,
+    scan_row(view.logits, static_cast<int>(rows.vocab_size), view.filter, view.memory,
              static_cast<int>(blockIdx.x % parts), parts);
 }
 
 // Launches the scan where rows are cut into parts; kernels over whole rows begin with scan_if_alone.
-template <class T>
-void launch_scan(const LogitRows& a, int parts, const Exec& ex) {
+template <class T, class Rows>
+void launch_scan(const Rows& rows, int parts, const Exec& ex) {
   if (parts > 1)
-    FD_LAUNCH((scan_kernel<T>), static_cast<unsigned>(a.num_rows * parts), kThreads, 0, ex.stream, a, parts);
+    FD_LAUNCH((scan_kernel<T, Rows>), static_cast<unsigned>(rows.num_rows * parts), kThreads, 0, ex.stream, rows, parts);
 }
 
 template <class T, class C>
@@ -86,18 +87,18 @@ __device__ inline void scan_if_alone(const RowView<T, C>& view, int vocab_size, 
 }
 
 // The tiles' sums of laws that nothing cuts, a row's parts to as many blocks. After the scan.
-template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) weigh_kernel(LogitRows a, int parts) {
+template <class T, class Rows, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) weigh_kernel(Rows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
-  const RowView<T> view(a, blockIdx.x / parts);
+  const RowView<T> view = rows.template view<T>(blockIdx.x / parts);
   if (!view.live) return;
-  with_law(view.logits, static_cast<int>(a.vocab_size), view.filter, view.memory, s,
+  with_law(view.logits, static_cast<int>(rows.vocab_size), view.filter, view.memory, s,
            [&](auto& law) { law.weigh(static_cast<int>(blockIdx.x % parts), parts); });
 }
 
-template <class T>
-void launch_weigh(const LogitRows& a, int parts, const Exec& ex) {
-  FD_LAUNCH((weigh_kernel<T>), static_cast<unsigned>(a.num_rows * parts), kThreads, 0, ex.stream, a, parts);
+template <class T, class Rows>
+void launch_weigh(const Rows& rows, int parts, const Exec& ex) {
+  FD_LAUNCH((weigh_kernel<T, Rows>), static_cast<unsigned>(rows.num_rows * parts), kThreads, 0, ex.stream, rows, parts);
 }
 
 }  // namespace fastdecode::FD_ISA

@@ -1,0 +1,394 @@
+// In at most five launches: rows are scanned; each row is judged by itself (weigh, judge); block adds up what its rows
+// leave (leave); then one block per request walks its verdicts and draws the last token (finish).
+#include "verify/verify_chain.cuh"
+
+namespace fastdecode::FD_ISA {
+namespace {
+
+// -- judging one row --
+
+// Whether x is among the beta largest logits, ties by id, and at most tau below the largest.
+template <class L>
+__device__ bool among_best(const VerifyChainArgs& a, int64_t b, const L& law, int x) {
+  using C = typename L::C;
+  const int32_t beta = a.beta ? a.beta[b] : 1;
+  const C tau = a.tau ? static_cast<C>(a.tau[b]) : C(0), logit = law.logit(x);
+  int better = 0;
+  for (int v = static_cast<int>(threadIdx.x); v < law.V; v += kThreads) {
+    const C other = law.logit(v);
+    better += other > logit || (other == logit && v < x);
+  }
+  better = block_reduce(law.s.slots, better, Plus{});
+  return logit > -kInf<C> && law.max() - logit <= tau && better < beta;
+}
+
+template <class L>
+__device__ void judge_law(const ChainRows& rows, int64_t b, int64_t i, int64_t x, bool weighed, L& law, Verdict& out) {
+  const VerifyChainArgs& a = rows.a;
+  const bool drafted = i < rows.len(b);  // else the row after the last draft
+  switch (a.rule) {
+    case kRuleCoupled: out.token = draw(law, rows.draw_at(b, i, rows.noise(b, kStreamToken, 0, i))); break;
+    case kRuleTopBeta: out.accepted = drafted && x >= 0 && among_best(a, b, law, static_cast<int>(x)); break;
+    default:
+      if (!drafted) break;
+      law.normalise(weighed);
+      if (x >= 0) out.prob = static_cast<double>(law.prob(static_cast<int>(x)));
+      if (a.rule == kRuleTypical) {
+        const double least = typical_threshold(a, b, law.entropy());
+        out.accepted = x >= 0 && out.prob > least;
+      }
+  }
+  out.settled = law.settled();
+}
+
+// Of a row of probabilities: kStatusNaN, kStatusNoMass or 0.
+template <class T, class C = Compute<T>>
+__device__ int32_t status_of_probs(const T* row, int vocab_size) {
+  int bad = 0, any = 0;
+  for (int v = static_cast<int>(threadIdx.x); v < vocab_size; v += kThreads) {
+    const C p = load(row[v]);
+    bad |= !(p < kInf<C>);
+    any |= p > C(0);
+  }
+  bad = __syncthreads_or(bad);
+  any = __syncthreads_or(any);
+  return bad ? kStatusNaN : any ? 0 : kStatusNoMass;
+}
+
+template <class T, class C = Compute<T>>
+__device__ double entropy_of_probs(BlockSlots& slots, const T* row, int vocab_size, double* tile_sums) {
+  return sum_row<T, C>(slots, vocab_size, nullptr, tile_sums, [&](int v, auto& out) {
+    read(row, v, vocab_size, C(0), out);
+    for (C& p : out) p = p > C(0) ? -p * log_(p) : C(0);
+  });
+}
+
+template <class T, class C = Compute<T>>
+__device__ void judge_probs(const ChainRows& rows, int64_t b, int64_t i, int64_t x, const RowView<T>& view,
+                            LawShared<C>& s, Verdict& out) {
+  const auto V = static_cast<int>(rows.vocab_size);
+  if (rows.a.rule == kRuleTypical) {
+    out.status = status_of_probs(view.logits, V);
+    if (out.status) return;
+    const double least = typical_threshold(rows.a, b, entropy_of_probs(s.slots, view.logits, V, view.memory.tile_sum));
+    out.accepted = i < rows.len(b) && x >= 0 && static_cast<double>(load(view.logits[x])) > least;
+    return;
+  }
+  if (x >= 0) out.prob = static_cast<double>(load(view.logits[x]));
+  if (rows.a.rule == kRuleRatio && !(out.prob < kInf<double>)) out.status = kStatusNaN;
+}
+
+// A block per row.
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) judge_kernel(ChainRows rows, int parts, bool weighed) {
+  FD_SHARED(LawShared<C>, s);
+  const int64_t job = blockIdx.x;
+  const RowView<T> view = rows.view<T>(job);
+  if (!view.live) return;
+  const int64_t b = view.b, i = view.row, x = i < rows.len(b) ? rows.image(b, i) : -1;
+  Verdict verdict{};
+  if (rows.a.target_is_probs) {
+    judge_probs(rows, b, i, x, view, s, verdict);
+  } else {
+    const auto V = static_cast<int>(rows.vocab_size);
+    scan_if_alone(view, V, parts);
+    verdict.status = with_law(view.logits, V, view.filter, view.memory, s,
+                              [&](auto& law) { judge_law(rows, b, i, x, weighed, law, verdict); });
+  }
+  if (x >= 0 && (rows.a.rule == kRuleRatio || rows.a.rule == kRuleBlock))
+    verdict.draft_prob = rows.draft_prob<T, C>(s.slots, b, i, x);
+  if (threadIdx.x == 0) rows.verdicts()[job] = verdict;
+}
+
+// -- block: what each row leaves after the weight of the drafts before it --
+
+// min(1, w target / draft), 0 for a draft that the target cannot mean or the drafter cannot draw.
+__device__ double next_weight(double weight, const Verdict& verdict, int64_t x) {
+  if (x < 0 || !(verdict.draft_prob > 0)) return 0;
+  const double next = weight * verdict.prob / verdict.draft_prob;
+  return next < 1.0 ? next : 1.0;
+}
+
+// A block per row. Rows that the walk does not reach are left out.
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) leave_kernel(ChainRows rows) {
+  FD_SHARED(LawShared<C>, s);
+  const int64_t job = blockIdx.x;
+  const RowView<T> view = rows.view<T>(job);
+  if (!view.live || view.row >= rows.len(view.b)) return;
+  const int64_t b = view.b;
+  const Verdict* const verdicts = rows.verdicts() + b * (rows.a.K + 1);
+  double weight = 1;
+  for (int64_t i = 0; i < view.row && weight > 0; ++i) weight = next_weight(weight, verdicts[i], rows.image(b, i));
+  if (!(weight > 0) || verdicts[view.row].status) return;
+  const auto V = static_cast<int>(rows.vocab_size);
+  const DraftRow<T, C> draft = rows.draft_of<T, C>(b, view.row, rows.mapped_at(job));
+  const auto factor = static_cast<C>(weight);
+  bool bad = false;
+  double left = 0;
+  if (rows.a.target_is_probs) {
+    left =
+        sum_row<T, C>(s.slots, V, nullptr, view.memory.tile_sum, residual_of_probs(view.logits, V, factor, draft, bad));
+  } else {
+    with_settled_law(view.logits, V, verdicts[view.row].settled, view.filter, view.memory, s, [&](const auto& law) {
+      left = sum_row<typename std::decay_t<decltype(law)>::Row, C>(s.slots, V, law.kept(), view.memory.tile_sum,
+                                                                   residual_of_law(law, factor, draft, bad));
+    });
+  }
+  bad = __syncthreads_or(bad) != 0;
+  if (threadIdx.x != 0) return;
+  rows.lefts()[job] = left;
+  rows.left_status()[job] = bad ? kStatusNaN : 0;
+}
+
+// -- the walk over a request's verdicts; the same for all threads --
+
+// What the walk leaves to be drawn.
+enum class Last { kNothing, kToken, kResidual, kBonus, kLossy };
+
+struct Walk {
+  int64_t num_accepted = 0;  // drafts emitted
+  int64_t row = 0;           // that the last token is drawn from
+  int64_t token = -1;        // kToken
+  double scale = 1;          // kResidual
+  Last last = Last::kNothing;
+  int32_t status = 0;
+};
+
+__device__ Last bonus_of(const VerifyChainArgs& a) {
+  if (!a.emit_bonus) return Last::kNothing;
+  if (a.rule == kRuleCoupled) return Last::kToken;
+  return a.rule == kRuleTypical || a.rule == kRuleTopBeta ? Last::kLossy : Last::kBonus;
+}
+
+// Every rule but block: accept drafts one by one, then one token more.
+__device__ Walk walk_chain(const ChainRows& rows, int64_t b, const Verdict* verdicts) {
+  const VerifyChainArgs& a = rows.a;
+  const int64_t len = rows.len(b);
+  Walk walk;
+  for (int64_t i = 0; i < len; ++i) {
+    const Verdict verdict = verdicts[i];
+    walk.row = i;
+    if (verdict.status) return walk.status |= verdict.status, walk;
+    const int64_t x = rows.image(b, i);
+    if (x < 0) walk.status |= kStatusUnmappedDraft;
+    bool accepted = verdict.accepted;
+    if (a.rule == kRuleCoupled) accepted = x >= 0 && x == verdict.token;
+    if (a.rule == kRuleRatio) {
+      accepted = false;
+      if (x >= 0) {
+        if (!(verdict.draft_prob < kInf<double>)) return walk.status |= kStatusNaN, walk;
+        if (!(verdict.draft_prob > 0)) walk.status |= kStatusZeroDraftProb;
+        accepted = verdict.draft_prob > 0 && rows.acceptance(b, i) * verdict.draft_prob < verdict.prob;
+      }
+    }
+    if (!accepted) {
+      walk.token = verdict.token;
+      walk.last = a.rule == kRuleCoupled ? Last::kToken : a.rule == kRuleRatio ? Last::kResidual : Last::kLossy;
+      return walk;
+    }
+    ++walk.num_accepted;
+  }
+  walk.row = len;
+  walk.last = bonus_of(a);
+  if (walk.last == Last::kNothing) return walk;
+  if (!a.target_is_probs) walk.status |= verdicts[len].status;
+  walk.token = verdicts[len].token;
+  return walk;
+}
+
+__device__ Walk walk_block(const ChainRows& rows, int64_t b, const Verdict* verdicts) {
+  const int64_t len = rows.len(b), first = b * (rows.a.K + 1);
+  Walk walk;
+  double weight = 1;
+  for (int64_t i = 0; i < len && weight > 0; ++i) {
+    const Verdict verdict = verdicts[i];
+    walk.status |= verdict.status;
+    if (!verdict.status) walk.status |= rows.left_status()[first + i];
+    if (walk.status & kStatusErrors) return walk;
+    if (i > 0) {  // the prefix of i drafts, judged by what its next row leaves: u < left / (left + 1 - w), 1 for 0 / 0
+      const double left = rows.lefts()[first + i], whole = left + (1 - weight);
+      if (!(whole > 0) || rows.acceptance(b, i - 1) * whole < left) walk.num_accepted = i, walk.scale = weight;
+    }
+    const int64_t x = rows.image(b, i);
+    if (x < 0) {
+      walk.status |= kStatusUnmappedDraft;
+    } else {
+      if (!(verdict.draft_prob < kInf<double>)) return walk.status |= kStatusNaN, walk;
+      if (!(verdict.draft_prob > 0)) walk.status |= kStatusZeroDraftProb;
+    }
+    weight = next_weight(weight, verdict, x);
+    if (i + 1 == len && rows.acceptance(b, i) < weight) walk.num_accepted = len;
+  }
+  walk.row = walk.num_accepted;
+  walk.last = walk.row < len ? Last::kResidual : bonus_of(rows.a);
+  if (walk.row == len && walk.last == Last::kBonus && !rows.a.target_is_probs) walk.status |= verdicts[len].status;
+  return walk;
+}
+
+// -- the last token --
+
+// One id of weights; -1, and kStatusNoMass, where none has any. `sum` as sum_row left it.
+template <class T, class C, class ValueOf>
+__device__ int64_t draw_weights(LawShared<C>& s, int vocab_size, const uint32_t* kept, double* tile_sums, const Draw& d,
+                                const ValueOf& value) {
+  if (!d.has_uniform) return join_leaders(s.slots, race_weights<C>(value, d.noise, 0, vocab_size)).winner;
+  const double sum = sum_row<T, C>(s.slots, vocab_size, kept, tile_sums, value);
+  return sum > 0 ? inverse_cdf<C>(s, vocab_size, tile_sums, sum, d.uniform, value) : -1;
+}
+
+// From rows of logits.
+template <class T, class L, class C = Compute<T>>
+__device__ int64_t draw_last(const ChainRows& rows, int64_t b, const Walk& walk, L& law, char* buffer,
+                             int32_t& status) {
+  const VerifyChainArgs& a = rows.a;
+  using Row = typename L::Row;
+  const Draw residual = rows.draw_at(b, a.K, rows.noise(b, kStreamResidual, walk.row, 0));
+  const Draw bonus = rows.draw_at(b, a.K, rows.noise(b, kStreamBonus, walk.row, 0));
+  if (walk.last == Last::kBonus) return draw(law, bonus);
+  if (walk.last == Last::kLossy) {
+    const int mode = law.mode();
+    if (a.rule != kRuleTypical || a.bonus != kBonusSample) return mode;
+    law.normalise();
+    const double least = typical_threshold(a, b, law.entropy());
+    // the last row has a noise of its own
+    const Draw& d = walk.row == rows.len(b) ? bonus : residual;
+    return draw_weights<Row, C>(law.s, law.V, law.kept(), law.m.tile_sum, d, [&](int v, auto& out) {
+      law.weights(v, out);
+      int id = v;
+      for (C& weight : out) {
+        const bool stays = static_cast<double>(weight * law.inverse_sum()) > least || id == mode;
+        weight = stays ? weight : C(0);
+        ++id;
+      }
+    });
+  }
+  bool bad = false;
+  const DraftRow<T, C> draft = rows.draft_of<T, C>(b, walk.row, buffer);
+  const int64_t token = draw_weights<Row, C>(law.s, law.V, law.kept(), law.m.tile_sum, residual,
+                                             residual_of_law(law, static_cast<C>(walk.scale), draft, bad));
+  if (__syncthreads_or(bad)) return status |= kStatusNaN, -1;
+  if (token >= 0) return token;
+  status |= kStatusResidualFallback;
+  return draw(law, residual);
+}
+
+// From rows of probabilities.
+template <class T, class C = Compute<T>>
+__device__ int64_t draw_last(const ChainRows& rows, int64_t b, const Walk& walk, const RowView<T>& view,
+                             LawShared<C>& s, char* buffer, int32_t& status) {
+  const VerifyChainArgs& a = rows.a;
+  const auto V = static_cast<int>(rows.vocab_size);
+  const T* const row = view.logits;
+  double* const tile_sums = view.memory.tile_sum;
+  const Draw residual = rows.draw_at(b, a.K, rows.noise(b, kStreamResidual, walk.row, 0));
+  const Draw bonus = rows.draw_at(b, a.K, rows.noise(b, kStreamBonus, walk.row, 0));
+  const Draw& d = walk.row == rows.len(b) ? bonus : residual;
+  auto as_given = [&](int v, auto& out) { read(row, v, V, C(0), out); };
+  if (walk.last == Last::kResidual) {
+    bool bad = false;
+    const DraftRow<T, C> draft = rows.draft_of<T, C>(b, walk.row, buffer);
+    const int64_t token = draw_weights<T, C>(s, V, nullptr, tile_sums, d,
+                                             residual_of_probs(row, V, static_cast<C>(walk.scale), draft, bad));
+    if (__syncthreads_or(bad)) return status |= kStatusNaN, -1;
+    if (token >= 0) return token;
+    status |= kStatusResidualFallback;
+  }
+  if (const int32_t broken = status_of_probs(row, V)) return status |= broken, -1;
+  if (walk.last != Last::kLossy) return draw_weights<T, C>(s, V, nullptr, tile_sums, d, as_given);
+  C most = -kInf<C>;
+  for (int v = static_cast<int>(threadIdx.x); v < V; v += kThreads) most = Larger{}(most, static_cast<C>(load(row[v])));
+  most = block_reduce(s.slots, most, Larger{});
+  int mode = V;
+  for (int v = static_cast<int>(threadIdx.x); v < V && mode == V; v += kThreads)
+    if (static_cast<C>(load(row[v])) == most) mode = v;
+  mode = block_reduce(s.slots, mode, Smaller{});
+  if (a.bonus != kBonusSample) return mode;
+  const double least = typical_threshold(a, b, entropy_of_probs(s.slots, row, V, tile_sums));
+  return draw_weights<T, C>(s, V, nullptr, tile_sums, d, [&](int v, auto& out) {
+    read(row, v, V, C(0), out);
+    int id = v;
+    for (C& p : out) {
+      p = static_cast<double>(p) > least || id == mode ? p : C(0);
+      ++id;
+    }
+  });
+}
+
+// A block per request.
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) finish_kernel(ChainRows rows) {
+  FD_SHARED(LawShared<C>, s);
+  const VerifyChainArgs& a = rows.a;
+  const int64_t b = blockIdx.x, first = b * (a.K + 1);
+  int64_t* const tokens = a.tokens + first;
+  Walk walk;
+  int64_t token = -1;
+  if (rows.valid(b)) {
+    const Verdict* const verdicts = rows.verdicts() + first;
+    walk = a.rule == kRuleBlock ? walk_block(rows, b, verdicts) : walk_chain(rows, b, verdicts);
+    token = walk.token;
+    const bool draws = walk.last != Last::kNothing && walk.last != Last::kToken && !(walk.status & kStatusErrors);
+    if (draws) {
+      const RowView<T> view = rows.view<T>(first + walk.row);
+      char* const buffer = rows.mapped_at(a.rule == kRuleBlock ? first + walk.row : b);
+      if (a.target_is_probs) {
+        token = draw_last(rows, b, walk, view, s, buffer, walk.status);
+      } else {
+        with_settled_law(view.logits, static_cast<int>(rows.vocab_size), verdicts[walk.row].settled, view.filter,
+                         view.memory, s,
+                         [&](auto& law) { token = draw_last<T>(rows, b, walk, law, buffer, walk.status); });
+      }
+    }
+  } else if (rows.active(b)) {
+    walk.status = kStatusBadLength;
+  }
+  const bool fine = rows.valid(b) && !(walk.status & kStatusErrors);
+  const int64_t emitted = fine ? walk.num_accepted + (walk.last != Last::kNothing) : 0;
+  for (int64_t i = threadIdx.x; i <= a.K; i += kThreads) {
+    int64_t value = -1;
+    if (i < emitted) value = i < walk.num_accepted ? rows.image(b, i) : token;
+    tokens[i] = value;
+  }
+  if (threadIdx.x != 0) return;
+  a.num_accepted[b] = fine ? static_cast<int32_t>(walk.num_accepted) : 0;
+  a.num_emitted[b] = static_cast<int32_t>(emitted);
+  a.status[b] = walk.status;
+}
+
+ChainRows rows_of(const VerifyChainArgs& a) {
+  const int64_t row = a.target_is_probs ? (num_tiles(a.vocab_size) * 8 + 15) / 16 * 16
+                                        : row_memory_bytes(a.vocab_size, edits(a.filters), a.dtype);
+  const int64_t size = a.dtype == DType::kFloat64 ? 8 : 4;
+  const bool maps = a.draft_to_target && a.draft_probs;
+  return {a, a.batch * (a.K + 1), a.vocab_size, row, maps ? (a.vocab_size * (size + 4) + 15) / 16 * 16 : 0};
+}
+
+template <class T>
+void run(const VerifyChainArgs& a, const Exec& ex) {
+  const ChainRows rows = rows_of(a);
+  const int parts = a.target_is_probs ? 1 : num_row_parts(rows.num_rows, a.vocab_size, ex);
+  const auto blocks = static_cast<unsigned>(rows.num_rows);
+  const bool sums = a.rule == kRuleRatio || a.rule == kRuleBlock || a.rule == kRuleTypical;
+  const bool weighed = parts > 1 && sums && !cuts(a.filters);
+  if (!a.target_is_probs) launch_scan<T>(rows, parts, ex);
+  if (weighed) launch_weigh<T>(rows, parts, ex);
+  FD_LAUNCH((judge_kernel<T>), blocks, kThreads, 0, ex.stream, rows, parts, weighed);
+  if (a.rule == kRuleBlock) FD_LAUNCH((leave_kernel<T>), blocks, kThreads, 0, ex.stream, rows);
+  FD_LAUNCH((finish_kernel<T>), static_cast<unsigned>(a.batch), kThreads, 0, ex.stream, rows);
+}
+
+}  // namespace
+}  // namespace fastdecode::FD_ISA
+
+int64_t fastdecode::cuda::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec&) {
+  const FD_ISA::ChainRows rows = FD_ISA::rows_of(a);
+  FD_ISA::ChainRows from_zero = rows;
+  from_zero.a.scratch = nullptr;
+  return reinterpret_cast<intptr_t>(from_zero.mapped_at(rows.num_rows));
+}
+
+void fastdecode::cuda::verify_chain(const VerifyChainArgs& a, const Exec& ex) {
+  if (a.batch == 0) return;
+  FD_ISA::dispatch_logits(a.dtype, [&](auto tag) { FD_ISA::run<typename decltype(tag)::type>(a, ex); });
+}
