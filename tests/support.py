@@ -54,6 +54,25 @@ def rows(kind: str, batch: int, vocab_size: int, dtype: torch.dtype, seed: int =
     return out.to(dtype).contiguous()
 
 
+def hostile(num_rows: int, vocab_size: int, dtype: torch.dtype, *, seed: int = 81, broken: bool = True) -> Tensor:
+    """Logits with ties, -inf, subnormals, zeros of both signs, wide spreads and values next to each other; of more than
+    20 rows, three are in error where `broken`."""
+    g = generator(seed, num_rows, vocab_size)
+    out = 3 * torch.randn(num_rows, vocab_size, generator=g, dtype=torch.float64)
+    kinds = torch.arange(num_rows) % 8
+    tiny = torch.finfo(dtype).smallest_normal
+    out[kinds == 1] = out[kinds == 1].round()
+    out[kinds == 2] = out[kinds == 2].masked_fill(torch.rand(out[kinds == 2].shape, generator=g) < 0.7, -torch.inf)
+    out[kinds == 3] = out[kinds == 3].round() * tiny / 8
+    out[kinds == 4] *= 300
+    out[kinds == 5] = 8 + out[kinds == 5] * 2.0**-8
+    out[kinds == 6] = torch.where(out[kinds == 6] < 0, -0.0, 0.0).double()
+    out[torch.isneginf(out).all(1), 0] = 0.5
+    if num_rows > 20 and broken:
+        out[11, -1], out[12, 0], out[13] = torch.nan, torch.inf, -torch.inf
+    return out.to(dtype)
+
+
 def views(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The same values behind other strides and storage offsets; the last dimension stays dense. Gaps hold NaN or 77."""
     fill = float("nan") if tensor.is_floating_point() else 77 if tensor.dtype != torch.bool else True

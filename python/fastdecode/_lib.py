@@ -58,7 +58,8 @@ def _load(library: Path) -> None:
         torch.ops.load_library(os.fspath(library))
     except OSError as error:
         raise ImportError(
-            f"fastdecode's library {library.name} does not load with torch {torch.__version__}: {_REINSTALL} ({error})"
+            f"fastdecode's library {library.name} does not load with torch {torch.__version__}: {_REINSTALL} "
+            f"({error.__cause__ or error})"  # the cause tells the symbol
         ) from error
 
 

@@ -15,30 +15,11 @@ from torch import Tensor
 import fastdecode
 import fastdecode.ops
 from chain_inputs import NEW_FILTERS, pack, random_inputs
-from support import generator, same_bits
+from support import DTYPES, generator, hostile, same_bits
 
 # (rows, V); one past a vector, a word of a mask, a tile; 1,000 rows in all
 SIZES = ((60, 2), (100, 3), (240, 17), (240, 33), (200, 257), (100, 1000), (40, 2049), (20, 5000))
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 I32, F32 = torch.int32, torch.float32
-
-
-def hostile(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """Logits with ties, -inf, subnormals, zeros of both signs, wide spreads and values next to each other."""
-    g = generator(81, num_rows, vocab_size)
-    out = 3 * torch.randn(num_rows, vocab_size, generator=g, dtype=torch.float64)
-    kinds = torch.arange(num_rows) % 8
-    tiny = torch.finfo(dtype).smallest_normal
-    out[kinds == 1] = out[kinds == 1].round()
-    out[kinds == 2] = out[kinds == 2].masked_fill(torch.rand(out[kinds == 2].shape, generator=g) < 0.7, -torch.inf)
-    out[kinds == 3] = out[kinds == 3].round() * tiny / 8
-    out[kinds == 4] *= 300
-    out[kinds == 5] = 8 + out[kinds == 5] * 2.0**-8
-    out[kinds == 6] = torch.where(out[kinds == 6] < 0, -0.0, 0.0).double()
-    out[torch.isneginf(out).all(1), 0] = 0.5
-    if num_rows > 20:  # and rows in error
-        out[11, -1], out[12, 0], out[13] = torch.nan, torch.inf, -torch.inf
-    return out.to(dtype)
 
 
 def filters(num_rows: int, vocab_size: int) -> dict[str, Tensor]:

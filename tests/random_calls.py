@@ -1,0 +1,366 @@
+"""Random calls of every op: any shape, layout, dtype, filter and rule that its contract allows, hostile values in all.
+
+`call(op, seed)` gives the same arguments for the same seed. The ops are enumerated: one without an entry in CALLS fails
+the tests that use this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastdecode.ops
+from support import DTYPES, hostile, views
+
+I32, I64, F32 = torch.int32, torch.int64, torch.float32
+NAN, INF = float("nan"), float("inf")
+# Sizes around vector widths, words of a mask, tiles (2048), and rows that several blocks share.
+VOCAB_SIZES = (1, 2, 3, 7, 31, 32, 33, 70, 100, 257, 1000, 2047, 2048, 2049, 4097, 6151, 10_007)
+
+
+class Draw:
+    """Random choices, from one seed."""
+
+    def __init__(self, *seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def chance(self, probability: float) -> bool:
+        return bool(self.rng.random() < probability)
+
+    def integer(self, low: int, high: int) -> int:
+        """low..high, both included."""
+        return int(self.rng.integers(low, high + 1))
+
+    def one(self, values: Any) -> Any:
+        return values[self.integer(0, len(values) - 1)]
+
+    def integers(self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = I64) -> Tensor:
+        """low..high, both included."""
+        return torch.from_numpy(self.rng.integers(low, high, shape, dtype=np.int64, endpoint=True)).to(dtype)
+
+    def floats(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        """Standard normal."""
+        return torch.from_numpy(self.rng.standard_normal(shape)).to(dtype)
+
+    def some(self, values: list, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype)[self.integers(0, len(values) - 1, shape)]
+
+    def layout(self, tensor: Tensor) -> Tensor:
+        """The same values, behind other strides and offsets now and then."""
+        return self.one([view for _, view in views(tensor)]) if tensor.dim() > 1 and self.chance(0.4) else tensor
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        """Now and then one row for all, without a copy."""
+        if tensor.dim() > 1 and tensor.shape[0] > 0 and self.chance(0.15):
+            return tensor[:1].expand(tensor.shape)
+        return self.layout(tensor)
+
+    def logits(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        rows = hostile(int(np.prod(shape[:-1])), shape[-1], dtype, seed=self.integer(0, 2**31))
+        if rows.shape[0] and self.chance(0.2):
+            rows[self.integer(0, rows.shape[0] - 1), self.integer(0, shape[-1] - 1)] = self.one([NAN, INF, -INF])
+        return self.shared(rows.view(shape))
+
+    def active(self, batch: int) -> dict[str, Tensor]:
+        return {"active": torch.from_numpy(self.rng.random(batch) < 0.7)} if self.chance(0.3) else {}
+
+    def keys(self, batch: int) -> dict[str, Tensor]:
+        return {
+            "seed": self.integers(-(2**63), 2**63 - 1, (batch,)),
+            "offset": self.integers(0, 2**40, (batch,)),
+        }
+
+    def filters(self, batch: int, rows: tuple[int, ...], vocab_size: int, *, positions: bool) -> dict[str, Any]:
+        """`rows`: the shape of a mask of its own for each row; () where there is none.
+        positions: with min_lengths, which need offset."""
+        if self.chance(0.2):
+            return {}
+        made: dict[str, Any] = {}
+        numbers: dict[str, tuple[list, torch.dtype]] = {
+            "temperature": ([0.0, 0.3, 0.7, 1.0, 1.0, 1.7, -1.0, 1e-3, NAN, INF], F32),
+            "top_k": ([0, 0, 1, 2, 3, 20, 100, vocab_size, vocab_size + 1, -5, 2**31 - 1], I32),
+            "top_p": ([1.0, 1.0, 0.1, 0.6, 0.95, 0.0, 2.0, NAN], F32),
+            "min_p": ([0.0, 0.0, 0.05, 0.5, 1.0, -1.0, NAN], F32),
+            "typical_p": ([1.0, 1.0, 0.2, 0.9, 0.0, NAN], F32),
+        }
+        for name, (values, dtype) in numbers.items():
+            if self.chance(0.4):
+                made[name] = self.some(values, (batch,), dtype)
+        if self.chance(0.2):
+            bias = self.floats((batch, vocab_size), F32)
+            bias[torch.from_numpy(self.rng.random(bias.shape) < 0.1)] = -INF
+            made["bias"] = bias[0] if batch and self.chance(0.3) else self.layout(bias)
+        if self.chance(0.25):
+            count = self.integer(0, 4)
+            bans = self.integers(-1, vocab_size, (batch, count))
+            made["ban_ids"] = bans[0] if batch and self.chance(0.3) else self.layout(bans)
+            if positions and self.chance(0.5):
+                made["min_lengths"] = self.integers(0, 20, (batch, count))
+                made["offset"] = self.integers(0, 20, (batch,))
+        if self.chance(0.3):
+            own_rows = rows and self.chance(0.5)
+            shape = (*(rows if own_rows else (batch,)), -(-vocab_size // 32))
+            words = self.integers(-(2**31), 2**31 - 1, shape) | self.integers(-(2**31), 2**31 - 1, shape)
+            words[torch.from_numpy(self.rng.random(shape) < 0.3)] = self.one([-1, 0])
+            made["bitmask"] = self.shared(words.to(I32))
+        if self.chance(0.3):
+            made["order"] = "joint"
+        return made
+
+    def row_start(self, batch: int, lens: Tensor) -> tuple[Tensor, int]:
+        """Where each request's rows begin among flat ones, some of which nobody owns, and how many there are."""
+        before, after = self.integer(0, 2), self.integer(0, 2)
+        starts = before + torch.cat([torch.zeros(1, dtype=I64), lens.cumsum(0)])
+        return starts.to(I32), int(starts[-1]) + after
+
+
+def _sizes(draw: Draw, *, most_rows: int = 5) -> tuple[int, int, torch.dtype]:
+    """Requests, vocabulary, dtype."""
+    return draw.integer(0 if draw.chance(0.1) else 1, most_rows), draw.one(VOCAB_SIZES), draw.one(DTYPES)
+
+
+def _rows(draw: Draw) -> tuple[dict[str, Any], int, int]:
+    """{"logits": [B, V] or [B, n, V]}, B, V."""
+    batch, vocab_size, dtype = _sizes(draw)
+    lead = (batch, draw.integer(0, 3)) if draw.chance(0.3) else (batch,)
+    return {"logits": draw.logits((*lead, vocab_size), dtype)}, batch, vocab_size
+
+
+def _law_rows(draw: Draw) -> tuple[dict[str, Any], tuple[int, ...], int]:
+    """Rows of a law with its filters: [B, V], [B, n, V] or flat; the shape of the rows, V."""
+    batch, vocab_size, dtype = _sizes(draw)
+    if draw.chance(0.3):
+        starts, num_rows = draw.row_start(batch, draw.integers(0, 3, (batch,)))
+        shape: tuple[int, ...] = (num_rows,)
+        given: dict[str, Any] = {"logits": draw.logits((num_rows, vocab_size), dtype), "row_start": starts}
+        masks = shape
+    else:
+        shape = (batch, draw.integer(0, 3)) if draw.chance(0.3) else (batch,)
+        given = {"logits": draw.logits((*shape, vocab_size), dtype)}
+        masks = shape if len(shape) == 2 else ()
+    made = draw.filters(batch, masks, vocab_size, positions=True)
+    if "row_start" in given and "bitmask" in made:  # flat rows have a mask each
+        made["bitmask"] = draw.integers(-(2**31), 2**31 - 1, (*shape, -(-vocab_size // 32)), I32)
+    return given | made | draw.active(batch), shape, vocab_size
+
+
+def row_stats(draw: Draw) -> dict[str, Any]:
+    given, batch, _ = _rows(draw)
+    return given | draw.active(batch)
+
+
+def topk_logits(draw: Draw) -> dict[str, Any]:
+    given, batch, vocab_size = _rows(draw)
+    return given | draw.active(batch) | {"k": min(vocab_size, draw.one([1, 2, 7, 50, 257, 1025, vocab_size]))}
+
+
+def target_probs(draw: Draw) -> dict[str, Any]:
+    return _law_rows(draw)[0]
+
+
+def sample(draw: Draw) -> dict[str, Any]:
+    batch, vocab_size, dtype = _sizes(draw)
+    given = {"logits": draw.logits((batch, vocab_size), dtype)} | draw.active(batch)
+    if draw.chance(0.7):
+        made = draw.filters(batch, (), vocab_size, positions=False) | draw.keys(batch)
+        return given | made | {"stream": draw.integer(0, 255), "node": draw.integer(0, 2**24 - 1)}
+    made = draw.filters(batch, (), vocab_size, positions=True)
+    return given | made | {"uniforms": torch.from_numpy(draw.rng.random(batch))}
+
+
+def token_logprobs(draw: Draw) -> dict[str, Any]:
+    given, shape, vocab_size = _law_rows(draw)
+    given["tokens"] = draw.layout(draw.integers(-2, vocab_size, shape))
+    given["top"] = min(vocab_size, draw.one([0, 1, 2, 20, vocab_size]))
+    if draw.chance(0.3):
+        kept = ("logits", "tokens", "top", "row_start", "active")
+        return {name: value for name, value in given.items() if name in kept}
+    return given | {"filtered": True}
+
+
+def apply_token_bitmask_(draw: Draw) -> dict[str, Any]:
+    batch, vocab_size, dtype = _sizes(draw)
+    lead = (batch, draw.integer(0, 3)) if draw.chance(0.3) else (batch,)
+    logits = hostile(int(np.prod(lead)), vocab_size, dtype, seed=draw.integer(0, 999)).view(*lead, vocab_size)
+    words, options = draw.integer(0, -(-vocab_size // 32)), {}
+    if len(lead) == 1 and draw.chance(0.5):
+        count = draw.integer(0, 7)
+        options["indices"] = draw.integers(-1, batch, (count,), I32)
+        lead = (count,)
+    mask = draw.integers(-(2**31), 2**31 - 1, (*lead, words), I32)
+    mask[torch.from_numpy(draw.rng.random(mask.shape) < 0.5)] = draw.one([-1, 0])
+    return {"logits": draw.layout(logits), "bitmask": draw.shared(mask), **options, **draw.active(batch)}
+
+
+def penalize(draw: Draw) -> dict[str, Any]:
+    batch, vocab_size, dtype = _sizes(draw)
+    lead = (batch, draw.integer(1, 4)) if draw.chance(0.5) else (batch,)
+    longest = draw.one([0, 1, 5, 40, 300])
+    lengths = draw.integers(0, longest, (batch,), I32)
+    made: dict[str, Any] = {
+        "logits": draw.logits((*lead, vocab_size), dtype),
+        "tokens": draw.layout(draw.integers(-1, min(vocab_size, 50), (batch, longest))),
+        "lengths": lengths,
+    }
+    if batch and draw.chance(0.1):
+        lengths[0] = draw.one([-1, longest + 1])
+    if draw.chance(0.5):
+        made["prompt_lengths"] = (lengths.double() * draw.rng.random()).int()
+    if len(lead) == 2 and draw.chance(0.7):
+        made["draft_tokens"] = draw.layout(draw.integers(-1, min(vocab_size, 20), (batch, lead[1] - 1)))
+    for name, values in (
+        ("repetition", [1.0, 1.0, 1.3, 0.5, 0.0, NAN]),
+        ("presence", [0.0, 0.0, 0.7, -0.4]),
+        ("frequency", [0.0, 0.0, 0.3, -2.0]),
+    ):
+        if draw.chance(0.6):
+            made[name] = draw.some(values, (batch,), F32)
+    return made | draw.active(batch)
+
+
+def linear(draw: Draw) -> dict[str, Any]:
+    rows, columns, inner = draw.integer(0, 14), draw.one([0, 1, 63, 64, 65, 200]), draw.one([0, 1, 7, 64, 333])
+    dtype = draw.one([torch.float32, torch.float64])
+    given = {
+        "x": draw.shared(draw.floats((rows, inner), dtype)),
+        "weight": fastdecode.ops.pack_weight(draw.floats((columns, inner), dtype)),
+        "out_features": columns,
+    }
+    if rows and inner and draw.chance(0.2):
+        given["x"] = given["x"].clone().mul_(torch.finfo(dtype).smallest_normal)
+    if draw.chance(0.5):
+        given["bias"] = draw.floats((columns,), dtype)
+    if draw.chance(0.5):
+        given["residual"] = draw.shared(draw.floats((rows, columns), dtype))
+    return given
+
+
+def verify_chain_greedy(draw: Draw) -> dict[str, Any]:
+    batch, longest = draw.integer(0, 70), draw.one([0, 1, 2, 5, 31, 33, 70])
+    given = {
+        "draft_tokens": draw.shared(draw.integers(0, 1, (batch, longest))),
+        "target_ids": draw.shared(draw.some([-1, 0, 0, 0, 1, 1, 1], (batch, longest + 1), I64)),
+    }
+    if draw.chance(0.6):
+        given["draft_lens"] = draw.integers(-1, longest + 1, (batch,), I32)
+    return given | draw.active(batch)
+
+
+RULES = ("ratio", "block", "coupled", "typical", "typical, sampled", "top_beta")
+
+
+def verify_chain(draw: Draw, rule: str | None = None) -> dict[str, Any]:
+    """Drafts near the target, so that some are kept."""
+    batch, vocab_size, dtype = _sizes(draw, most_rows=4)
+    rule = rule or draw.one(RULES)
+    longest = draw.integer(0, 4)
+    logits = hostile(batch * (longest + 1), vocab_size, dtype, seed=draw.integer(0, 999), broken=draw.chance(0.1))
+    logits = logits.view(batch, longest + 1, vocab_size)
+    lens = draw.integers(0, longest, (batch,), I32)
+    work = torch.float64 if dtype == torch.float64 else F32
+    draft_probs = torch.softmax(logits[:, :longest].double() + 0.7 * draw.floats((batch, longest, vocab_size)), -1)
+    flat = draft_probs.nan_to_num(nan=0.5).view(-1, vocab_size)
+    picked = (flat.cumsum(-1) / flat.sum(-1, keepdim=True) > torch.from_numpy(draw.rng.random((len(flat), 1)))).long()
+    tokens = picked.argmax(-1).view(batch, longest)
+    if draw.chance(0.3):  # the most likely ones: greedy rules keep them
+        tokens = draft_probs.nan_to_num().argmax(-1)
+    tokens[torch.from_numpy(draw.rng.random(tokens.shape) < 0.05)] = draw.one([-1, vocab_size, 2**40])
+    made: dict[str, Any] = {"draft_tokens": draw.layout(tokens), "rule": rule.split(",")[0]}
+    if draw.chance(0.6):
+        made["draft_lens"] = lens
+    draws = rule in ("ratio", "block", "coupled", "typical, sampled")
+    if rule in ("ratio", "block") and draw.chance(0.7):
+        given = draft_probs.to(draw.one([dtype, work]))
+        if draw.chance(0.3):  # a vocabulary of its own, with ids that mean nothing and ids that mean the same
+            size = draw.integer(1, vocab_size + 2)
+            made["draft_to_target"] = draw.integers(-1, vocab_size, (size,))
+            given = torch.softmax(draw.floats((batch, longest, size)), -1).to(given.dtype)
+            made["draft_tokens"] = draw.integers(0, size - 1, (batch, longest))
+        made["draft_probs"] = draw.layout(given)
+    elif draw.chance(0.2):
+        made["draft_to_target"] = draw.integers(-1, vocab_size, (vocab_size,))
+    as_probs = rule not in ("coupled", "top_beta") and draw.chance(0.25)
+    target = torch.softmax(logits.to(work), -1).to(dtype) if as_probs else logits
+    masks: tuple[int, ...] = (batch, longest + 1)
+    if draw.chance(0.25):
+        lengths = made.get("draft_lens", torch.full((batch,), longest)).long()
+        made["row_start"], num_rows = draw.row_start(batch, lengths + 1)
+        own = torch.arange(longest + 1) <= lengths[:, None]
+        whole = torch.full((num_rows, vocab_size), NAN, dtype=dtype)
+        first = int(made["row_start"][0])
+        whole[first : first + int(own.sum())] = target[own]
+        target, masks = whole, (num_rows,)
+    made["target_probs" if as_probs else "target_logits"] = draw.layout(target)
+    if not as_probs:
+        filters = draw.filters(batch, masks, vocab_size, positions=not draws)
+        if "row_start" in made and "bitmask" in filters:
+            filters["bitmask"] = draw.integers(-(2**31), 2**31 - 1, (*masks, -(-vocab_size // 32)), I32)
+        if rule == "top_beta":
+            filters = {k: v for k, v in filters.items() if k in ("bias", "ban_ids", "min_lengths", "offset", "bitmask")}
+        made |= filters
+    if rule.startswith("typical"):
+        made |= {"eps": 0.3 * draw.floats((batch,), F32).abs(), "delta": draw.floats((batch,), F32).abs()}
+        made |= {"bonus": "sample"} if "sampled" in rule else {}
+    if rule == "top_beta":
+        made |= {"beta": draw.integers(0, 5, (batch,), I32), "tau": 3 * draw.floats((batch,), F32).abs()}
+    if draws:
+        uniform = "min_lengths" not in made and draw.chance(0.3)
+        uniforms = torch.from_numpy(draw.rng.random((batch, longest + 1)))
+        made |= {"uniforms": draw.layout(uniforms)} if uniform else draw.keys(batch)
+    return made | draw.active(batch) | ({"emit_bonus": False} if draw.chance(0.2) else {})
+
+
+def commit(draw: Draw) -> dict[str, Any]:
+    batch, width = draw.integer(0, 150), draw.integer(1, 9)
+    made = {
+        "tokens": draw.shared(draw.integers(-1, 9, (batch, width))),
+        "num_emitted": draw.integers(-1, width + 1, (batch,), I32),
+        "lengths": draw.integers(0, 50, (batch,), I32),
+        "finished": torch.from_numpy(draw.rng.random(batch) < 0.2),
+    }
+    if draw.chance(0.7):
+        made["max_lengths"] = draw.integers(0, 60, (batch,), I32)
+    if draw.chance(0.7):
+        made["stop_ids"] = draw.shared(draw.integers(-1, 9, (batch, draw.integer(0, 3))))
+    return made
+
+
+CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
+    "apply_token_bitmask_": apply_token_bitmask_,
+    "commit": commit,
+    "linear": linear,
+    "penalize": penalize,
+    "row_stats": row_stats,
+    "sample": sample,
+    "target_probs": target_probs,
+    "token_logprobs": token_logprobs,
+    "topk_logits": topk_logits,
+    "verify_chain": verify_chain,
+    "verify_chain_greedy": verify_chain_greedy,
+}
+IN_TORCH = ("pack_weight",)  # no kernel of its own
+OPS = [
+    name
+    for name in fastdecode.ops.__all__
+    if inspect.isfunction(getattr(fastdecode.ops, name)) and name not in IN_TORCH
+]
+
+
+def call(op: str, seed: int) -> dict[str, Any]:
+    return CALLS[op](Draw(OPS.index(op), seed))
+
+
+def outputs(ops: Any, op: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """Everything the op returns or could have changed; the arguments stay as they are."""
+    from backends import Copies
+
+    copies = Copies("cpu")
+    given = {k: copies(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    out = getattr(ops, op)(**given)
+    changed = [v for v in given.values() if isinstance(v, Tensor)]
+    return [*([out] if isinstance(out, Tensor) else out), *changed]
