@@ -1,5 +1,6 @@
-# fastdecode::cpu, the kernels as a C++ library that needs neither torch nor Python:
-#   find_package(fastdecode), or add_subdirectory or FetchContent of this repository;
+# fastdecode::cpu and, with FASTDECODE_CUDA=ON, fastdecode::cuda: the kernels as C++ libraries that need neither torch
+# nor Python:
+#   find_package(fastdecode COMPONENTS cpu cuda), or add_subdirectory or FetchContent of this repository;
 #   target_link_libraries(... fastdecode::cpu); #include <fastdecode/sample/sample.h>.
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
@@ -8,7 +9,7 @@ include(GNUInstallDirs)
 # never mistaken for ours.
 set(FD_INCLUDE_DIR ${PROJECT_BINARY_DIR}/include)
 file(GLOB FD_HEADERS CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.h)
-list(FILTER FD_HEADERS EXCLUDE REGEX "/csrc/(bind|host)/|/core/check\\.h$")
+list(FILTER FD_HEADERS EXCLUDE REGEX "/csrc/(bind|host|simt)/|/core/check\\.h$")
 foreach(header ${FD_HEADERS})
   cmake_path(RELATIVE_PATH header BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/csrc OUTPUT_VARIABLE name)
   file(READ ${header} text)
@@ -17,28 +18,40 @@ foreach(header ${FD_HEADERS})
 endforeach()
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${FD_HEADERS})
 
-add_library(fastdecode_cpu ${FD_CPU_OBJECTS})
-add_library(fastdecode::cpu ALIAS fastdecode_cpu)
+set(FD_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/fastdecode)
+# fastdecode::<device> of `objects`; `kernels` are the targets that these come from
+function(fd_add_library device objects kernels)
+  set(target fastdecode_${device})
+  add_library(${target} ${objects})
+  add_library(fastdecode::${device} ALIAS ${target})
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  target_include_directories(${target} INTERFACE
+    $<BUILD_INTERFACE:${FD_INCLUDE_DIR}> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+  set_target_properties(${target} PROPERTIES EXPORT_NAME ${device} LINKER_LANGUAGE CXX)
+  if(BUILD_SHARED_LIBS)
+    set_target_properties(${target} ${kernels} PROPERTIES CXX_VISIBILITY_PRESET default CUDA_VISIBILITY_PRESET default)
+    target_link_options(${target} PRIVATE -Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/exports.map)
+    set_target_properties(${target} PROPERTIES
+      LINK_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/exports.map
+      VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+  endif()
+  install(TARGETS ${target} EXPORT fastdecode_${device})
+  install(EXPORT fastdecode_${device} NAMESPACE fastdecode:: FILE fastdecode_${device}.cmake DESTINATION ${FD_PACKAGE_DIR})
+endfunction()
+
+list(TRANSFORM FD_CPU_LEVELS PREPEND fd_cpu_v OUTPUT_VARIABLE FD_CPU_KERNELS)
+fd_add_library(cpu "${FD_CPU_OBJECTS}" "${FD_CPU_KERNELS}")
 target_link_libraries(fastdecode_cpu PRIVATE $<BUILD_INTERFACE:fd_options>)
-target_compile_features(fastdecode_cpu PUBLIC cxx_std_20)
-target_include_directories(fastdecode_cpu INTERFACE
-  $<BUILD_INTERFACE:${FD_INCLUDE_DIR}> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
-set_target_properties(fastdecode_cpu PROPERTIES EXPORT_NAME cpu)
-if(BUILD_SHARED_LIBS)
-  foreach(level ${FD_CPU_LEVELS})
-    set_target_properties(fd_cpu_v${level} PROPERTIES CXX_VISIBILITY_PRESET default)
-  endforeach()
-  set_target_properties(fastdecode_cpu PROPERTIES CXX_VISIBILITY_PRESET default)
-  target_link_options(fastdecode_cpu PRIVATE -Wl,--version-script=${CMAKE_CURRENT_LIST_DIR}/exports.map)
-  set_target_properties(fastdecode_cpu PROPERTIES
-    LINK_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/exports.map
-    VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+
+set(FD_CUDA_WANTED OFF)  # AUTO asks for what torch was built for
+include(cmake/cuda.cmake)
+if(FD_HAS_CUDA)
+  fd_add_library(cuda "${FD_CUDA_OBJECTS}" fd_cuda)
+  target_link_libraries(fastdecode_cuda PUBLIC CUDA::cudart)  # the program's own runtime, whose streams it hands over
 endif()
 
-set(FD_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/fastdecode)
-install(TARGETS fastdecode_cpu EXPORT fastdecode)
 install(DIRECTORY ${FD_INCLUDE_DIR}/fastdecode DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
-install(EXPORT fastdecode NAMESPACE fastdecode:: FILE fastdecodeConfig.cmake DESTINATION ${FD_PACKAGE_DIR})
+install(FILES cmake/fastdecodeConfig.cmake DESTINATION ${FD_PACKAGE_DIR})
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/fastdecodeConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/fastdecodeConfigVersion.cmake DESTINATION ${FD_PACKAGE_DIR})
 

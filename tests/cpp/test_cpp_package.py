@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ def install(folder: Path, *options: str) -> Package:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return install(tmp_path_factory.mktemp("package"))
+    """With the CUDA kernels where they can be compiled."""
+    nvcc = "ON" if shutil.which("nvcc") else "OFF"
+    return install(tmp_path_factory.mktemp("package"), f"-DFASTDECODE_CUDA={nvcc}")
 
 
 def build_against(package: Package, source: str, build: Path, *options: str) -> Path:
@@ -85,6 +88,44 @@ def test_the_example_draws_what_the_ops_draw(package, tmp_path):
     for level in fastdecode.cpu_levels():
         assert run(program, LEVELS[level]) == expected, level
     assert run(program) == expected
+
+
+@pytest.mark.slow
+def test_only_contracts_are_installed(package):
+    headers = [path.relative_to(package.prefix / "include") for path in package.prefix.rglob("*.h")]
+    folders = {folder.name for folder in (ROOT / "csrc").iterdir()} - {"bind", "host", "simt"}
+    assert {path.parts[:-1] for path in headers} == {("fastdecode", folder) for folder in folders}
+
+
+@pytest.mark.slow
+def test_the_cuda_library(package, tmp_path):
+    """Every kernel is in it, and the example links; a GPU, where there is one, draws what the CPU draws."""
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    names = {path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*/*_cuda.cu")}
+    defined = run("nm", "--defined-only", "--demangle", package.prefix / "lib" / "libfastdecode_cuda.a")
+    assert {name for name in names if f" T fastdecode::cuda::{name}(" in defined} == names
+    build = build_against(package, "examples/cpp", tmp_path)
+    if not torch.cuda.is_available():
+        assert run(build / "sample_cuda", ok=False).startswith("CUDA: ")
+        return
+    drawn = [line.partition(",")[0] for line in run(build / "sample").splitlines()]
+    assert run(build / "sample_cuda").splitlines() == drawn
+
+
+@pytest.mark.slow
+def test_a_component_that_is_missing_is_named(package, tmp_path):
+    prefix = tmp_path / "prefix"
+    shutil.copytree(package.prefix, prefix)
+    for path in prefix.rglob("fastdecode_cuda*.cmake"):
+        path.unlink()
+    program = (
+        "cmake_minimum_required(VERSION 3.25)\nproject(program CXX)\nfind_package(fastdecode REQUIRED COMPONENTS {})\n"
+    )
+    for component, ok in (("cpu", True), ("cuda", False)):
+        (tmp_path / "CMakeLists.txt").write_text(program.format(component))
+        printed = run("cmake", "-S", tmp_path, "-B", tmp_path / component, f"-DCMAKE_PREFIX_PATH={prefix}", ok=ok)
+        assert ("component cuda: this installation was built without -DFASTDECODE_CUDA=ON" in printed) != ok
 
 
 def leaks(level: str, objects: list[Path]) -> set[str]:
