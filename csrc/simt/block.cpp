@@ -60,6 +60,7 @@ void run_thread() {
     me.warp->exited |= 1u << me.lane;
     ++block.exited;
     grid.idle = 0;
+    if (block.exited == block.size) check_red_zones(block);
     if (block.exited < block.size && !block.runnable) stuck(block);
   } catch (const Error& e) {
     failure = e.what();

@@ -75,22 +75,21 @@ struct alignas(64) Thread {
   Site site;
   Call call;  // that it waits in, at site, with mask
   int16_t lane;
-  // The operands and the result of a collective.
-  uint64_t result;
-  uint64_t value;  // zero-extended bits
-  int argument;    // source lane or offset of a shuffle
-  int width;
   // cp.async
   uint32_t open_group;  // number of groups committed
   std::vector<AsyncCopy> copies;
 };
 
-// Sets of lanes.
 struct Warp {
   Thread* threads;
+  // Sets of lanes.
   uint32_t exists, exited;
   uint32_t waiting;  // in a collective
   uint32_t claimed;  // union of the masks of the waiting lanes; masks in use are equal or disjoint
+  // Per lane, of the collective that it is in.
+  uint64_t values[kWarpSize];  // zero-extended bits
+  uint64_t results[kWarpSize];
+  uint8_t sources[kWarpSize];  // the lanes that shuffles read
 };
 
 struct Block {
@@ -127,7 +126,11 @@ extern int switches_until_yield;  // preemption points to pass until the next on
 
 // For the calls in kernels.
 uint64_t block_barrier(Call call, uint64_t value, Site site);
-uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int width, Site site);
+struct Source {
+  int argument = 0;  // source lane or offset
+  int width = 32;
+};
+uint64_t collective(Call call, uint32_t mask, uint64_t value, Source source, const char* file, int line);
 void yield();
 inline void preemption_point() {
   if (--switches_until_yield < 0 && current) yield();

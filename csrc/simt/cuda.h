@@ -67,58 +67,58 @@ T from_bits(uint64_t bits) {
 }
 
 template <class T>
-Promoted<T> shuffle(Call call, unsigned mask, T value, int argument, int width, Site site) {
+Promoted<T> shuffle(Call call, unsigned mask, T value, Source source, const char* file, int line) {
   static_assert(std::is_arithmetic_v<T>, "CUDA shuffles int, unsigned, 64-bit integers, float and double");
-  return from_bits<Promoted<T>>(collective(call, mask, to_bits(+value), argument, width, site));
+  return from_bits<Promoted<T>>(collective(call, mask, to_bits(+value), source, file, line));
 }
 
 }  // namespace fastdecode::simt
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, FD_SIMT_WHERE) {
-  fastdecode::simt::collective(fastdecode::simt::Call::kSyncWarp, mask, 0, 0, 0, {file, line});
+  fastdecode::simt::collective(fastdecode::simt::Call::kSyncWarp, mask, 0, {}, file, line);
 }
 template <class T>
 auto __shfl_sync(unsigned mask, T value, int source_lane, int width = 32, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return shuffle(Call::kShuffle, mask, value, source_lane, width, {file, line});
+  return shuffle(Call::kShuffle, mask, value, {source_lane, width}, file, line);
 }
 template <class T>
 auto __shfl_up_sync(unsigned mask, T value, unsigned offset, int width = 32, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return shuffle(Call::kShuffleUp, mask, value, static_cast<int>(offset), width, {file, line});
+  return shuffle(Call::kShuffleUp, mask, value, {static_cast<int>(offset), width}, file, line);
 }
 template <class T>
 auto __shfl_down_sync(unsigned mask, T value, unsigned offset, int width = 32, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return shuffle(Call::kShuffleDown, mask, value, static_cast<int>(offset), width, {file, line});
+  return shuffle(Call::kShuffleDown, mask, value, {static_cast<int>(offset), width}, file, line);
 }
 template <class T>
 auto __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return shuffle(Call::kShuffleXor, mask, value, lane_mask, width, {file, line});
+  return shuffle(Call::kShuffleXor, mask, value, {lane_mask, width}, file, line);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return static_cast<unsigned>(collective(Call::kBallot, mask, predicate != 0, 0, 0, {file, line}));
+  return static_cast<unsigned>(collective(Call::kBallot, mask, predicate != 0, {}, file, line));
 }
 inline int __any_sync(unsigned mask, int predicate, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return static_cast<int>(collective(Call::kAny, mask, predicate != 0, 0, 0, {file, line}));
+  return static_cast<int>(collective(Call::kAny, mask, predicate != 0, {}, file, line));
 }
 inline int __all_sync(unsigned mask, int predicate, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return static_cast<int>(collective(Call::kAll, mask, predicate != 0, 0, 0, {file, line}));
+  return static_cast<int>(collective(Call::kAll, mask, predicate != 0, {}, file, line));
 }
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  return static_cast<unsigned>(collective(Call::kMatchAny, mask, to_bits(+value), 0, 0, {file, line}));
+  return static_cast<unsigned>(collective(Call::kMatchAny, mask, to_bits(+value), {}, file, line));
 }
 template <class T>
 unsigned __match_all_sync(unsigned mask, T value, int* same, FD_SIMT_WHERE) {
   using namespace fastdecode::simt;
-  const auto result = static_cast<unsigned>(collective(Call::kMatchAll, mask, to_bits(+value), 0, 0, {file, line}));
+  const auto result = static_cast<unsigned>(collective(Call::kMatchAll, mask, to_bits(+value), {}, file, line));
   *same = result != 0;
   return result;
 }
@@ -126,10 +126,10 @@ unsigned __match_all_sync(unsigned mask, T value, int* same, FD_SIMT_WHERE) {
 // Of lanes that may run on their own, only the caller is known to be here: code that needs more is wrong.
 inline unsigned __activemask() { return 1u << fastdecode::simt::current->lane; }
 
-#define FD_SIMT_REDUCE(name, T, kind)                                                                      \
-  inline T name(unsigned mask, T value, FD_SIMT_WHERE) {                                                   \
-    using namespace fastdecode::simt;                                                                      \
-    return static_cast<T>(collective(Call::kind, mask, static_cast<uint32_t>(value), 0, 0, {file, line})); \
+#define FD_SIMT_REDUCE(name, T, kind)                                                                  \
+  inline T name(unsigned mask, T value, FD_SIMT_WHERE) {                                               \
+    using namespace fastdecode::simt;                                                                  \
+    return static_cast<T>(collective(Call::kind, mask, static_cast<uint32_t>(value), {}, file, line)); \
   }
 FD_SIMT_REDUCE(__reduce_add_sync, int, kReduceAdd)
 FD_SIMT_REDUCE(__reduce_add_sync, unsigned, kReduceAdd)

@@ -22,10 +22,11 @@ void park();  // the running thread waits until it is woken
 // memory.cpp
 void begin_shared_launch();
 void start_shared(Block& block);
+void check_red_zones(const Block& block);  // when its threads have exited
 
 // checks.cpp
 void note_barrier(Call call, Site site);  // for the list of barriers
-bool skipped(Call call, Site site);                  // by Config::skip_barrier
+bool skipped(Call call, Site site);       // by Config::skip_barrier
 [[noreturn]] void stuck(Block& block);    // none of its threads can run
 std::string located(const std::string& what, const Thread& thread);
 std::string waits(const Thread& thread);  // "waits in ..."

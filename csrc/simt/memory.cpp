@@ -1,6 +1,7 @@
 // Shared memory and asynchronous copies into it.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -9,64 +10,87 @@
 namespace fastdecode::simt {
 namespace {
 
-constexpr size_t kRedZone = 64;  // between objects, so that an index too far falls on nothing (found by ASan)
+constexpr size_t kRedZone = 128;  // before the first object and behind each: who indexes too far falls on nothing
 constexpr size_t kArenaBytes = size_t{1} << 20;
+constexpr int kUntouched = 0xa5;  // what red zones hold
 
 struct Piece {
   size_t offset, bytes;
 };
 std::vector<Piece> pieces;  // of the launch; the dynamic memory first
-size_t used, static_bytes;
+size_t static_bytes;
 
 std::byte* arena(int slot) {
   static std::byte* const arenas = [] {
     void* p = mmap(nullptr, kMaxLiveBlocks * kArenaBytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
+    ASAN_POISON_MEMORY_REGION(p, kMaxLiveBlocks * kArenaBytes);
     return static_cast<std::byte*>(p);
   }();
   return arenas + slot * kArenaBytes;
 }
 
-void poison_piece(int slot, const Piece& piece) {
-  ASAN_UNPOISON_MEMORY_REGION(arena(slot) + piece.offset, piece.bytes);
-  std::memset(arena(slot) + piece.offset, grid.poison, piece.bytes);
+void fill(int slot, const Piece& piece) {
+  std::byte* const begin = arena(slot) + piece.offset;
+  ASAN_UNPOISON_MEMORY_REGION(begin, piece.bytes);
+  std::memset(begin, grid.poison, piece.bytes);
+  if constexpr (!FD_SIMT_ASAN) std::memset(begin + piece.bytes, kUntouched, kRedZone);
+}
+
+// A new piece, at the same place in every arena.
+size_t place(size_t bytes, size_t alignment) {
+  const size_t end = pieces.empty() ? 0 : pieces.back().offset + pieces.back().bytes;
+  pieces.push_back({(end + kRedZone + alignment - 1) / alignment * alignment, bytes});
+  for (int slot = 0; slot < kMaxLiveBlocks; ++slot) fill(slot, pieces.back());
+  return pieces.back().offset;
 }
 
 }  // namespace
 
 void begin_shared_launch() {
-  pieces.assign(1, {0, grid.shared_bytes});
-  used = grid.shared_bytes;
+  if (!pieces.empty()) {
+    const size_t end = pieces.back().offset + pieces.back().bytes;
+    for (int slot = 0; slot < kMaxLiveBlocks; ++slot) ASAN_POISON_MEMORY_REGION(arena(slot), end);
+  }
+  pieces.clear();
   static_bytes = 0;
-  ASAN_POISON_MEMORY_REGION(arena(0), kMaxLiveBlocks * kArenaBytes);
+  place(grid.shared_bytes, kRedZone);
 }
 
 void start_shared(Block& block) {
   block.arena = arena(block.slot);
-  for (const Piece& piece : pieces) poison_piece(block.slot, piece);
+  for (const Piece& piece : pieces) fill(block.slot, piece);
+}
+
+void check_red_zones(const Block& block) {
+  if constexpr (FD_SIMT_ASAN) return;  // which has reported the access itself
+  for (const Piece& piece : pieces) {
+    const std::byte* const end = block.arena + piece.offset + piece.bytes;
+    const auto written = std::find_if(end, end + kRedZone, [](std::byte b) { return b != std::byte{kUntouched}; });
+    if (written != end + kRedZone) {
+      fault("out of bounds: its block has written ", written - end, " bytes behind the end of a ", piece.bytes,
+            "-byte object in shared memory; AddressSanitizer will name the line");
+    }
+  }
 }
 
 void* shared_memory(SharedSlot& slot, size_t bytes, size_t alignment) {
-  if (slot.launch != grid.launch) {  // first use in this launch: place it, for every block at once
+  if (slot.launch != grid.launch) {  // the first use in this launch
     static_bytes += (bytes + 15) / 16 * 16;
     if (static_bytes > kMaxStaticShared || static_bytes + grid.shared_bytes > kMaxShared) {
       fault("shared memory: expected at most ", kMaxStaticShared, " bytes static and ", kMaxShared, " in all, got ",
             static_bytes, " static and ", grid.shared_bytes, " dynamic");
     }
-    const size_t unit = alignment < 16 ? 16 : alignment;
-    slot.offset = (used + kRedZone + unit - 1) / unit * unit;
+    slot.offset = place(bytes, alignment < 16 ? 16 : alignment);
     slot.launch = grid.launch;
-    used = slot.offset + bytes;
-    pieces.push_back({slot.offset, bytes});
-    for (int i = 0; i < kMaxLiveBlocks; ++i) poison_piece(i, pieces.back());
   }
   return current->block->arena + slot.offset;
 }
 
 void* dynamic_shared_memory(size_t alignment) {
   if (alignment > 16) fault("dynamic shared memory: expected an alignment of at most 16, got ", alignment);
-  return current->block->arena;
+  return current->block->arena + pieces.front().offset;
 }
 
 void async_copy(void* shared, const void* global, int bytes, Site site) {

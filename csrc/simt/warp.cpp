@@ -7,14 +7,17 @@
 namespace fastdecode::simt {
 namespace {
 
+bool is_shuffle(Call call) { return call >= Call::kShuffle && call <= Call::kShuffleXor; }
+
 // The lane that a shuffle reads (PTX ISA, shfl.sync).
-int source_lane(const Thread& reader) {
-  const int first = reader.lane & ~(reader.width - 1), last = first | (reader.width - 1);
-  switch (reader.call) {
-    case Call::kShuffle: return first | (reader.argument & (reader.width - 1));
-    case Call::kShuffleUp: return reader.lane - reader.argument < first ? reader.lane : reader.lane - reader.argument;
-    case Call::kShuffleDown: return reader.lane + reader.argument > last ? reader.lane : reader.lane + reader.argument;
-    default: return (reader.lane ^ reader.argument) > last ? reader.lane : reader.lane ^ reader.argument;
+int source_lane(Call call, int lane, Source source) {
+  const auto [argument, width] = source;
+  const int first = lane & ~(width - 1), last = first | (width - 1);
+  switch (call) {
+    case Call::kShuffle: return first | (argument & (width - 1));
+    case Call::kShuffleUp: return lane - argument < first ? lane : lane - argument;
+    case Call::kShuffleDown: return lane + argument > last ? lane : lane + argument;
+    default: return (lane ^ argument) > last ? lane : lane ^ argument;
   }
 }
 
@@ -24,34 +27,32 @@ void for_each_lane(uint32_t lanes, Each&& each) {
 }
 
 // members: the lanes of mask that the block has.
-void complete(Call call, Thread* threads, uint32_t members) {
+void complete(Call call, Warp& warp, uint32_t members) {
+  const auto& values = warp.values;
+  auto& results = warp.results;
+  auto give = [&](uint64_t result) { for_each_lane(members, [&](int i) { results[i] = result; }); };
   auto reduce = [&](auto first, auto&& step) {
-    for_each_lane(members, [&](int i) { first = static_cast<decltype(first)>(step(first, threads[i].value)); });
-    for_each_lane(members, [&](int i) { threads[i].result = first; });
+    for_each_lane(members, [&](int i) { first = static_cast<decltype(first)>(step(first, values[i])); });
+    give(static_cast<uint64_t>(first));
   };
   switch (call) {
     case Call::kShuffle:
     case Call::kShuffleUp:
     case Call::kShuffleDown:
-    case Call::kShuffleXor:
-      for_each_lane(members, [&](int i) { threads[i].result = threads[source_lane(threads[i])].value; });
-      return;
+    case Call::kShuffleXor: for_each_lane(members, [&](int i) { results[i] = values[warp.sources[i]]; }); return;
     case Call::kBallot:
     case Call::kAny:
     case Call::kAll: {
       uint32_t votes = 0;
-      for_each_lane(members, [&](int i) { votes |= static_cast<uint32_t>(threads[i].value != 0) << i; });
-      const uint32_t result = call == Call::kBallot ? votes : call == Call::kAny ? votes != 0 : votes == members;
-      for_each_lane(members, [&](int i) { threads[i].result = result; });
-      return;
+      for_each_lane(members, [&](int i) { votes |= static_cast<uint32_t>(values[i] != 0) << i; });
+      return give(call == Call::kBallot ? votes : call == Call::kAny ? votes != 0 : votes == members);
     }
     case Call::kMatchAny:
     case Call::kMatchAll:
       for_each_lane(members, [&](int i) {
         uint32_t same = 0;
-        for_each_lane(members,
-                      [&](int j) { same |= static_cast<uint32_t>(threads[i].value == threads[j].value) << j; });
-        threads[i].result = call == Call::kMatchAny || same == members ? same : 0;
+        for_each_lane(members, [&](int j) { same |= static_cast<uint32_t>(values[i] == values[j]) << j; });
+        results[i] = call == Call::kMatchAny || same == members ? same : 0;
       });
       return;
     case Call::kReduceAdd: return reduce(0u, [](uint32_t a, uint64_t b) { return a + b; });
@@ -68,35 +69,37 @@ void complete(Call call, Thread* threads, uint32_t members) {
   }
 }
 
-void check_shuffle(const Thread& me, uint32_t members) {
-  if (me.width < 1 || me.width > kWarpSize || (me.width & (me.width - 1))) {
-    fault(me.call, " (", me.site, "): width: expected a power of two up to 32, got ", me.width);
+// Returns the lane that the running thread reads.
+int check_shuffle(Call call, uint32_t mask, Source from, const Site& site) {
+  if (from.width < 1 || from.width > kWarpSize || (from.width & (from.width - 1))) {
+    fault(call, " (", site, "): width: expected a power of two up to 32, got ", from.width);
   }
-  if (me.call != Call::kShuffle && (me.argument < 0 || me.argument >= kWarpSize)) {
-    fault(me.call, " (", me.site, "): offset: expected 0..31, got ", me.argument);
+  if (call != Call::kShuffle && (from.argument < 0 || from.argument >= kWarpSize)) {
+    fault(call, " (", site, "): offset: expected 0..31, got ", from.argument);
   }
-  const int source = source_lane(me);
-  if (!(members >> source & 1)) {
-    fault("inactive lane: ", me.call, " (", me.site, ") reads lane ", source, ", which is not in mask ", lanes(me.mask),
-          members == me.mask ? "" : " or not in the block");
+  const int source = source_lane(call, current->lane, from);
+  if (!(mask & current->warp->exists & 1u << source)) {
+    fault("inactive lane: ", call, " (", site, ") reads lane ", source, ", which is not in mask ", lanes(mask),
+          mask >> source & 1 ? " and the block" : "");
   }
+  return source;
 }
 
 }  // namespace
 
-uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int width, Site site) {
+// Six arguments, all in registers.
+uint64_t collective(Call call, uint32_t mask, uint64_t value, Source source, const char* file, int line) {
   Thread& me = *current;
   Warp& warp = *me.warp;
-  if (grid.skips && call == Call::kSyncWarp && skipped(call, site)) {
+  if (grid.skips && call == Call::kSyncWarp && skipped(call, {file, line})) {
     yield();
     return 0;
   }
   me.call = call;
   me.mask = mask;
-  me.site = site;
-  me.value = value;
-  me.argument = argument;
-  me.width = width;
+  me.site.file = file;
+  me.site.line = line;
+  const Site& site = me.site;
   if (!(mask >> me.lane & 1)) {
     fault("mask: ", call, " (", site, ") has mask ", lanes(mask), ", which lacks the caller, lane ", me.lane);
   }
@@ -106,7 +109,8 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int 
   }
   // Lanes that the block never had do not take part.
   const uint32_t members = mask & warp.exists;
-  if (call >= Call::kShuffle && call <= Call::kShuffleXor) check_shuffle(me, members);
+  warp.values[me.lane] = value;
+  if (is_shuffle(call)) warp.sources[me.lane] = static_cast<uint8_t>(check_shuffle(call, mask, source, site));
   if (warp.claimed & mask) {
     // Waiting lanes fall into groups of one call and mask; comparing with one lane compares with its group.
     uint32_t waiting = warp.waiting;
@@ -122,7 +126,7 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int 
   if ((warp.waiting & members) != members) {
     park();
   } else {
-    complete(call, warp.threads, members);
+    complete(call, warp, members);
     warp.waiting &= ~members;
     warp.claimed &= ~mask;
     grid.idle = 0;
@@ -130,7 +134,7 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, int argument, int 
     park();
   }
   me.call = Call::kNone;
-  return me.result;
+  return warp.results[me.lane];
 }
 
 }  // namespace fastdecode::simt
