@@ -54,10 +54,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) race_kernel(SampleArgs
   const Draw random = draw_of(a, b);
   Leader<C> leader;
   const int32_t status = with_law(view.logits, V, view.filter, view.memory, s, [&](auto& law) {
-    Leader<C> mine;
-    const int top = law.argmax();
-    mine.enter(top, C(0), random.noise.word(top));
-    if (law.dense()) mine = race(law, random.noise, mine, span.begin, span.end);
+    const Leader<C> mine = race(law, random.noise, first_leader(law, random.noise), span.begin, span.end);
     leader = join_leaders(s.slots, mine);
   });
   if (threadIdx.x != 0) return;
@@ -76,7 +73,7 @@ __global__ void __launch_bounds__(kWarp) race_end_kernel(SampleArgs a, LogitRows
   Leader<C> leader;
   for (int part = 0; part < parts; ++part) {
     const Part<C>& other = part_leaders<C>(rows)[b * parts + part];
-    leader.enter_total(other.winner, other.best);
+    if (other.winner >= 0) leader.enter_total(other.winner, other.best);
   }
   a.tokens[b] = leader.winner;
 }

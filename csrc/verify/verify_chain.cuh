@@ -63,6 +63,12 @@ struct ChainRows {
     return reinterpret_cast<char*>(left_status()) + (num_rows * 4 + 15) / 16 * 16 + index * mapped_bytes;
   }
 
+  // Behind all of it: the parts of races.
+  template <class Part>
+  FD_HD Part* race_parts() const {
+    return reinterpret_cast<Part*>(mapped_at(num_rows));
+  }
+
   __device__ int64_t len(int64_t b) const { return a.draft_lens ? a.draft_lens[b] : a.K; }
   __device__ bool active(int64_t b) const { return !a.active || a.active[b]; }
   __device__ bool good(int64_t b) const {
@@ -110,13 +116,18 @@ struct ChainRows {
     return {nullptr, static_cast<const C*>(a.draft_probs) + at, -1};
   }
 
+  // Draft probability of draft id d in row i; by any thread.
+  template <class T, class C>
+  __device__ double draft_prob_at(int64_t b, int64_t i, int64_t d) const {
+    if (!a.draft_probs) return 1;
+    const DraftRow<T, C> row = draft_row<T, C>(b, i);
+    return static_cast<double>(row.same ? load(row.same[d]) : row.wide[d]);
+  }
+
   // Draft probability of target id x >= 0 in row i.
   template <class T, class C>
   __device__ double draft_prob(BlockSlots& slots, int64_t b, int64_t i, int64_t x) const {
-    if (!a.draft_probs) return 1;
-    const DraftRow<T, C> row = draft_row<T, C>(b, i);
-    auto at = [&](int64_t d) { return static_cast<double>(row.same ? load(row.same[d]) : row.wide[d]); };
-    if (!a.draft_to_target) return at(x);
+    if (!a.draft_probs || !a.draft_to_target) return draft_prob_at<T, C>(b, i, x);
     double prob = 0;  // several draft ids may mean one id of the target: added in order
     for (int64_t first = 0; first < a.draft_vocab_size; first += kThreads) {
       const int64_t d = first + threadIdx.x;
@@ -124,7 +135,7 @@ struct ChainRows {
       while (__syncthreads_or(means)) {
         const auto thread = static_cast<int>(threadIdx.x);
         const int next = block_reduce(slots, means ? thread : kThreads, Smaller{});
-        prob += at(first + next);
+        prob += draft_prob_at<T, C>(b, i, first + next);
         means = means && thread != next;
       }
     }

@@ -1,5 +1,6 @@
-// In at most five launches: rows are scanned; each row is judged by itself (weigh, judge); block adds up what its rows
-// leave (leave); then one block per request walks its verdicts and draws the last token (finish).
+// Rows of logits are scanned (scan) and each is judged by itself (weigh, judge); block adds up what its rows leave
+// (leave); where requests are few the race for the last token is cut into parts (race); and one block per request walks
+// its verdicts and emits (finish).
 #include "verify/verify_chain.cuh"
 
 namespace fastdecode::FD_ISA {
@@ -162,12 +163,14 @@ __device__ Last bonus_of(const VerifyChainArgs& a) {
 }
 
 // Every rule but block: accept drafts one by one, then one token more.
-__device__ Walk walk_chain(const ChainRows& rows, int64_t b, const Verdict* verdicts) {
+// `verdict_of(i)` gives the verdict on row i.
+template <class VerdictOf>
+__device__ Walk walk_chain(const ChainRows& rows, int64_t b, const VerdictOf& verdict_of) {
   const VerifyChainArgs& a = rows.a;
   const int64_t len = rows.len(b);
   Walk walk;
   for (int64_t i = 0; i < len; ++i) {
-    const Verdict verdict = verdicts[i];
+    const Verdict verdict = verdict_of(i);
     walk.row = i;
     if (verdict.status) return walk.status |= verdict.status, walk;
     const int64_t x = rows.image(b, i);
@@ -192,8 +195,10 @@ __device__ Walk walk_chain(const ChainRows& rows, int64_t b, const Verdict* verd
   walk.row = len;
   walk.last = bonus_of(a);
   if (walk.last == Last::kNothing) return walk;
-  if (!a.target_is_probs) walk.status |= verdicts[len].status;
-  walk.token = verdicts[len].token;
+  if (a.target_is_probs) return walk;
+  const Verdict verdict = verdict_of(len);
+  walk.status |= verdict.status;
+  walk.token = verdict.token;
   return walk;
 }
 
@@ -224,6 +229,27 @@ __device__ Walk walk_block(const ChainRows& rows, int64_t b, const Verdict* verd
   walk.last = walk.row < len ? Last::kResidual : bonus_of(rows.a);
   if (walk.row == len && walk.last == Last::kBonus && !rows.a.target_is_probs) walk.status |= verdicts[len].status;
   return walk;
+}
+
+// Whether a verdict takes so few reads that the walk makes it itself.
+FD_HD inline bool judges_in_walk(const VerifyChainArgs& a) {
+  return a.target_is_probs && a.rule == kRuleRatio && !a.draft_to_target;
+}
+
+template <class T, class C = Compute<T>>
+__device__ Walk walk_of(const ChainRows& rows, int64_t b) {
+  const Verdict* const verdicts = rows.verdicts() + b * (rows.a.K + 1);
+  if (rows.a.rule == kRuleBlock) return walk_block(rows, b, verdicts);
+  if (!judges_in_walk(rows.a)) return walk_chain(rows, b, [=](int64_t i) { return verdicts[i]; });
+  return walk_chain(rows, b, [&](int64_t i) {
+    Verdict verdict{};
+    const int64_t x = rows.image(b, i);
+    if (x < 0) return verdict;
+    verdict.prob = static_cast<double>(load(rows.target_row<T>(b, i)[x]));
+    if (!(verdict.prob < kInf<double>)) verdict.status = kStatusNaN;
+    verdict.draft_prob = rows.draft_prob_at<T, C>(b, i, x);
+    return verdict;
+  });
 }
 
 // -- the last token --
@@ -315,9 +341,70 @@ __device__ int64_t draw_last(const ChainRows& rows, int64_t b, const Walk& walk,
   });
 }
 
-// A block per request.
+// Whether the last token may be raced for in parts.
+bool races_in_parts(const VerifyChainArgs& a) {
+  return a.random.seed && (a.rule == kRuleRatio || a.rule == kRuleBlock) && !(a.draft_probs && a.draft_to_target);
+}
+
+// The leader of one part, where the walk ends in a race: -1 where no id of the part has weight.
+struct RacePart {
+  double best;
+  int64_t winner;
+  bool bad;  // a number of the part is none
+};
+
+// Part blockIdx.x % parts of a request's last race.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) finish_kernel(ChainRows rows) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) race_kernel(ChainRows rows, int parts) {
+  FD_SHARED(LawShared<C>, s);
+  const VerifyChainArgs& a = rows.a;
+  const int64_t b = blockIdx.x / parts;
+  if (!rows.valid(b)) return;
+  const Walk walk = walk_of<T>(rows, b);
+  const bool bonus = walk.last == Last::kBonus;
+  if ((walk.status & kStatusErrors) || !(bonus || walk.last == Last::kResidual)) return;
+  const auto V = static_cast<int>(rows.vocab_size);
+  const Span span = part_of(V, static_cast<int>(blockIdx.x % parts), parts);
+  const Noise noise = rows.noise(b, bonus ? kStreamBonus : kStreamResidual, walk.row, 0);
+  const int64_t job = b * (a.K + 1) + walk.row;
+  const RowView<T> view = rows.view<T>(job);
+  const C factor = bonus ? C(1) : static_cast<C>(walk.scale);
+  Leader<C> leader;
+  bool bad = false;
+  if (a.target_is_probs) {  // a bonus is what no draft takes anything away from
+    const DraftRow<T, C> draft = bonus ? DraftRow<T, C>{nullptr, nullptr, -1} : rows.draft_row<T, C>(b, walk.row);
+    leader = race_weights<C>(residual_of_probs(view.logits, V, factor, draft, bad), noise, span.begin, span.end);
+  } else {
+    with_settled_law(view.logits, V, rows.verdicts()[job].settled, view.filter, view.memory, s, [&](const auto& law) {
+      if (bonus) {
+        leader = race(law, noise, first_leader(law, noise), span.begin, span.end);
+      } else {
+        const DraftRow<T, C> draft = rows.draft_row<T, C>(b, walk.row);
+        leader = race_weights<C>(residual_of_law(law, factor, draft, bad), noise, span.begin, span.end);
+      }
+    });
+  }
+  leader = join_leaders(s.slots, leader);
+  bad = __syncthreads_or(bad) != 0;
+  if (threadIdx.x == 0)
+    rows.race_parts<RacePart>()[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, bad};
+}
+
+// What the parts found: the winner, -1 where no id has weight.
+__device__ int64_t join_parts(BlockSlots& slots, const RacePart* part, int parts, bool& bad) {
+  Leader<double> leader;
+  int any_bad = 0;
+  for (int p = static_cast<int>(threadIdx.x); p < parts; p += kThreads) {
+    any_bad |= part[p].bad;
+    if (part[p].winner >= 0) leader.enter_total(part[p].winner, part[p].best);
+  }
+  bad = __syncthreads_or(any_bad) != 0;
+  return join_leaders(slots, leader).winner;
+}
+
+// A block per request. `parts` of its race have run, 1: none.
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) finish_kernel(ChainRows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
   const VerifyChainArgs& a = rows.a;
   const int64_t b = blockIdx.x, first = b * (a.K + 1);
@@ -325,18 +412,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) finish_kernel(ChainRow
   Walk walk;
   int64_t token = -1;
   if (rows.valid(b)) {
-    const Verdict* const verdicts = rows.verdicts() + first;
-    walk = a.rule == kRuleBlock ? walk_block(rows, b, verdicts) : walk_chain(rows, b, verdicts);
+    walk = walk_of<T>(rows, b);
     token = walk.token;
-    const bool draws = walk.last != Last::kNothing && walk.last != Last::kToken && !(walk.status & kStatusErrors);
+    bool draws = walk.last != Last::kNothing && walk.last != Last::kToken && !(walk.status & kStatusErrors);
+    if (draws && parts > 1) {
+      bool bad;
+      token = join_parts(s.slots, rows.race_parts<RacePart>() + b * parts, parts, bad);
+      if (bad) walk.status |= kStatusNaN;
+      draws = !bad && token < 0;  // no id has weight: the block finds out what to do
+    }
     if (draws) {
       const RowView<T> view = rows.view<T>(first + walk.row);
       char* const buffer = rows.mapped_at(a.rule == kRuleBlock ? first + walk.row : b);
       if (a.target_is_probs) {
         token = draw_last(rows, b, walk, view, s, buffer, walk.status);
       } else {
-        with_settled_law(view.logits, static_cast<int>(rows.vocab_size), verdicts[walk.row].settled, view.filter,
-                         view.memory, s,
+        with_settled_law(view.logits, static_cast<int>(rows.vocab_size), rows.verdicts()[first + walk.row].settled,
+                         view.filter, view.memory, s,
                          [&](auto& law) { token = draw_last<T>(rows, b, walk, law, buffer, walk.status); });
       }
     }
@@ -364,28 +456,34 @@ ChainRows rows_of(const VerifyChainArgs& a) {
   return {a, a.batch * (a.K + 1), a.vocab_size, row, maps ? (a.vocab_size * (size + 4) + 15) / 16 * 16 : 0};
 }
 
+int num_race_parts(const VerifyChainArgs& a, const Exec& ex) {
+  return races_in_parts(a) ? num_row_parts(a.batch, a.vocab_size, ex) : 1;
+}
+
 template <class T>
 void run(const VerifyChainArgs& a, const Exec& ex) {
   const ChainRows rows = rows_of(a);
   const int parts = a.target_is_probs ? 1 : num_row_parts(rows.num_rows, a.vocab_size, ex);
-  const auto blocks = static_cast<unsigned>(rows.num_rows);
+  const auto blocks = static_cast<unsigned>(rows.num_rows), batch = static_cast<unsigned>(a.batch);
   const bool sums = a.rule == kRuleRatio || a.rule == kRuleBlock || a.rule == kRuleTypical;
   const bool weighed = parts > 1 && sums && !cuts(a.filters);
   if (!a.target_is_probs) launch_scan<T>(rows, parts, ex);
   if (weighed) launch_weigh<T>(rows, parts, ex);
-  FD_LAUNCH((judge_kernel<T>), blocks, kThreads, 0, ex.stream, rows, parts, weighed);
+  if (!judges_in_walk(a)) FD_LAUNCH((judge_kernel<T>), blocks, kThreads, 0, ex.stream, rows, parts, weighed);
   if (a.rule == kRuleBlock) FD_LAUNCH((leave_kernel<T>), blocks, kThreads, 0, ex.stream, rows);
-  FD_LAUNCH((finish_kernel<T>), static_cast<unsigned>(a.batch), kThreads, 0, ex.stream, rows);
+  const int race_parts = num_race_parts(a, ex);
+  if (race_parts > 1) FD_LAUNCH((race_kernel<T>), batch * race_parts, kThreads, 0, ex.stream, rows, race_parts);
+  FD_LAUNCH((finish_kernel<T>), batch, kThreads, 0, ex.stream, rows, race_parts);
 }
 
 }  // namespace
 }  // namespace fastdecode::FD_ISA
 
-int64_t fastdecode::cuda::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec&) {
-  const FD_ISA::ChainRows rows = FD_ISA::rows_of(a);
-  FD_ISA::ChainRows from_zero = rows;
+int64_t fastdecode::cuda::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec& ex) {
+  FD_ISA::ChainRows from_zero = FD_ISA::rows_of(a);
   from_zero.a.scratch = nullptr;
-  return reinterpret_cast<intptr_t>(from_zero.mapped_at(rows.num_rows));
+  const int64_t parts = a.batch * FD_ISA::num_race_parts(a, ex);
+  return reinterpret_cast<intptr_t>(from_zero.race_parts<FD_ISA::RacePart>() + parts);
 }
 
 void fastdecode::cuda::verify_chain(const VerifyChainArgs& a, const Exec& ex) {

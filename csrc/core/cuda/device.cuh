@@ -17,7 +17,7 @@
 #define FD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define FD_SHARED(Type, name) __shared__ Type name
-#define FD_DYNAMIC_SHARED(Type, name)                                 \
+#define FD_DYNAMIC_SHARED(Type, name)                                \
   extern __shared__ __align__(16) unsigned char fd_dynamic_shared[]; \
   Type* const name = reinterpret_cast<Type*>(fd_dynamic_shared)
 

@@ -28,6 +28,16 @@ __device__ inline Leader<C> join_leaders(BlockSlots& slots, const Leader<C>& min
   return leader;
 }
 
+// Who leads a race before it begins: in a dense law the most likely id, for what it draws rules out most others.
+template <class E, class C = Compute<E>>
+__device__ inline Leader<C> first_leader(const Law<E>& law, const Noise& noise) {
+  Leader<C> leader;
+  if (!law.dense()) return leader;
+  const int top = law.argmax();
+  leader.enter(top, C(0), noise.word(top));
+  return leader;
+}
+
 // Race over a law's ids in begin .. end - 1, begin a multiple of 4, on the keys -distance. Each thread's own leader.
 template <class E, class C = Compute<E>>
 __device__ inline Leader<C> race(const Law<E>& law, const Noise& noise, Leader<C> leader, int begin, int end) {
@@ -129,12 +139,8 @@ __device__ inline int draw(Law<E>& law, const Draw& d) {
     return inverse_cdf(law.s, law.V, law.m.tile_sum, law.sum(), d.uniform,
                        [&](int v, auto& out) { law.weights(v, out); });
   }
-  Leader<C> leader;
-  if (law.dense()) {  // the most likely id first: what it draws rules out most others
-    const int top = law.argmax();
-    leader.enter(top, C(0), d.noise.word(top));
-  }
-  return static_cast<int>(join_leaders(law.s.slots, race(law, d.noise, leader, 0, law.V)).winner);
+  const Leader<C> leader = race(law, d.noise, first_leader(law, d.noise), 0, law.V);
+  return static_cast<int>(join_leaders(law.s.slots, leader).winner);
 }
 
 }  // namespace fastdecode::FD_ISA

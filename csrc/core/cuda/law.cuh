@@ -201,7 +201,8 @@ class Law {
   using Row = E;
 
   // `max` is the largest of block_max, and a number.
-  __device__ Law(const E* x, int vocab_size, C max, const RowFilter& f, const RowMemory<C>& memory, LawShared<C>& shared)
+  __device__ Law(const E* x, int vocab_size, C max, const RowFilter& f, const RowMemory<C>& memory,
+                 LawShared<C>& shared)
       : V(vocab_size), m(memory), s(shared), x_(x), max_(max + C(0)), inverse_temperature_(inverse_temperature<C>(f)) {
     filter(f);
   }

@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Rows rows, int parts) {
 template <class T, class Rows>
 void launch_scan(const Rows& rows, int parts, const Exec& ex) {
   if (parts > 1)
-    FD_LAUNCH((scan_kernel<T, Rows>), static_cast<unsigned>(rows.num_rows * parts), kThreads, 0, ex.stream, rows, parts);
+    FD_LAUNCH((scan_kernel<T, Rows>), static_cast<unsigned>(rows.num_rows * parts), kThreads, 0, ex.stream, rows,
+              parts);
 }
 
 template <class T, class C>
