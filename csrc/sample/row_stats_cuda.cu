@@ -5,32 +5,28 @@
 namespace fastdecode::FD_ISA {
 namespace {
 
-// The two largest numbers so far, and the id of the first; ties to the lowest id.
+constexpr int32_t kNoId = 0x7fffffff;
+
+// One instruction each. A NaN is passed over: rows that hold one are in error.
+__device__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ double larger(double a, double b) { return fmax(a, b); }
+__device__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ double smaller(double a, double b) { return fmin(a, b); }
+
+// The two largest numbers so far.
 template <class C>
 struct TopTwo {
   C max = -kInf<C>, second = -kInf<C>;
-  int32_t argmax = 0x7fffffff;
 
-  __device__ void enter(C value, int id) {
-    const bool first = value > max;
-    second = first ? max : value > second ? value : second;
-    max = first ? value : max;
-    argmax = first ? id : argmax;
+  __device__ void enter(C value) {
+    second = larger(second, smaller(max, value));
+    max = larger(max, value);
   }
   __device__ void enter(const TopTwo& other) {
-    const C less = other.max < max ? other.max : max, seconds = other.second > second ? other.second : second;
-    second = less > seconds ? less : seconds;
-    const bool first = other.max > max || (other.max == max && other.argmax < argmax);
-    max = first ? other.max : max;
-    argmax = first ? other.argmax : argmax;
+    second = larger(larger(second, other.second), smaller(max, other.max));
+    max = larger(max, other.max);
   }
 };
-
-template <class C>
-__device__ TopTwo<C> shuffle_xor(const TopTwo<C>& top, int step) {
-  return {__shfl_xor_sync(kAllLanes, top.max, step), __shfl_xor_sync(kAllLanes, top.second, step),
-          __shfl_xor_sync(kAllLanes, top.argmax, step)};
-}
 
 // One tile, relative to its own maximum: sum of e^-d and of d e^-d, d = max - logit.
 struct TileStats {
@@ -46,11 +42,14 @@ class Tile {
   using Shape = TileShape<T>;
 
   __device__ Tile(const T* x, int start, int vocab_size) : x_(x), start_(start), V_(vocab_size) {
+    // decided once, so that the loads of a whole tile stand side by side
+    whole_ = start + static_cast<int>(kTile) <= vocab_size && is_aligned<16>(x + start);
     if constexpr (kHeld) {
-#pragma unroll
-      for (int i = 0; i < Shape::kSteps; ++i)
-#pragma unroll
-        for (int q = 0; q < Shape::kVectors; ++q) read(x_, id(i, q), V_, -kInf<C>, held_[i][q]);
+      if (whole_) {
+        for_vectors([&](int i, int q) { read_aligned(x_ + id(i, q), held_[i][q]); });
+      } else {
+        for_vectors([&](int i, int q) { read(x_, id(i, q), V_, -kInf<C>, held_[i][q]); });
+      }
     }
   }
 
@@ -59,46 +58,64 @@ class Tile {
   // body(i, q, values) for every vector of this thread; -inf beyond the row.
   template <class Body>
   __device__ void for_each(const Body& body) const {
-#pragma unroll
-    for (int i = 0; i < Shape::kSteps; ++i)
-#pragma unroll
-      for (int q = 0; q < Shape::kVectors; ++q) {
-        if constexpr (kHeld) {
-          body(i, q, held_[i][q]);
-        } else {
-          C values[Shape::kPer];
-          read(x_, id(i, q), V_, -kInf<C>, values);
-          body(i, q, values);
-        }
+    for_vectors([&](int i, int q) {
+      if constexpr (kHeld) {
+        body(i, q, held_[i][q]);
+      } else {
+        C values[Shape::kPer];
+        read(x_, id(i, q), V_, -kInf<C>, values);
+        body(i, q, values);
       }
+    });
   }
 
  private:
   static constexpr bool kHeld = sizeof(C) == 4;
 
+  template <class Body>
+  __device__ static void for_vectors(const Body& body) {
+#pragma unroll
+    for (int i = 0; i < Shape::kSteps; ++i)
+#pragma unroll
+      for (int q = 0; q < Shape::kVectors; ++q) body(i, q);
+  }
+
   const T* x_;
   int start_, V_;
+  bool whole_;
   C held_[kHeld ? Shape::kSteps : 1][Shape::kVectors][Shape::kPer];
 };
 
-// By a warp; all of its threads get it.
+// By a warp; all of its threads get it. The argmax of a tile that does not exceed `before`, the largest of tiles with
+// smaller ids, is left out.
 template <class T, class C = Compute<T>>
-__device__ TileStats tile_stats(const T* x, int start, int vocab_size) {
+__device__ TileStats tile_stats(const T* x, int start, int vocab_size, double before) {
   using Shape = TileShape<T>;
   const Tile<T> tile(x, start, vocab_size);
   TopTwo<C> top;
   bool bad = false;
-  tile.for_each([&](int i, int q, const C(&values)[Shape::kPer]) {
+  tile.for_each([&](int, int, const C(&values)[Shape::kPer]) {
 #pragma unroll
     for (int j = 0; j < Shape::kPer; ++j) {
       bad |= !(values[j] < kInf<C>);
-      top.enter(values[j], tile.id(i, q) + j);
+      top.enter(values[j]);
     }
   });
-  for (int step = 1; step < kWarp; step *= 2) top.enter(shuffle_xor(top, step));
-  TileStats stats{static_cast<double>(top.max), static_cast<double>(top.second), 0, 0, top.argmax, 1};
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2)
+    top.enter({__shfl_xor_sync(kAllLanes, top.max, step), __shfl_xor_sync(kAllLanes, top.second, step)});
+  TileStats stats{static_cast<double>(top.max), static_cast<double>(top.second), 0, 0, kNoId, 1};
   stats.good = !__any_sync(kAllLanes, bad);
   if (!stats.good || top.max == -kInf<C>) return stats;
+  if (stats.max > before) {
+    int id = kNoId;
+    tile.for_each([&](int i, int q, const C(&values)[Shape::kPer]) {
+#pragma unroll
+      for (int j = 0; j < Shape::kPer; ++j)
+        if (values[j] == top.max) id = Smaller{}(id, tile.id(i, q) + j);
+    });
+    stats.argmax = warp_reduce(id, Smaller{});
+  }
   LaneSums<T, C> sum, moment;
   tile.for_each([&](int, int q, const C(&values)[Shape::kPer]) {
 #pragma unroll
@@ -125,17 +142,18 @@ template <class C>
 __device__ void join(const RowStatsArgs& a, int64_t r, const TileStats* tiles, JoinShared& s) {
   const auto count = static_cast<int>(num_tiles(a.vocab_size)), thread = static_cast<int>(threadIdx.x);
   TopTwo<double> top;
-  int good = 1;
+  int good = 1, argmax = kNoId;
   for (int t = thread; t < count; t += kThreads) {
     good &= tiles[t].good;
-    top.enter(TopTwo<double>{tiles[t].max, tiles[t].second, tiles[t].argmax});
+    if (tiles[t].max > top.max) argmax = tiles[t].argmax;
+    top.enter({tiles[t].max, tiles[t].second});
   }
   good = __syncthreads_and(good);
   const double max = block_reduce(s.slots, top.max, Larger{});
-  // of the threads that know the largest, the one with the lowest id brings its second largest, the others their
-  // largest
-  const int argmax = block_reduce(s.slots, top.max == max ? top.argmax : 0x7fffffff, Smaller{});
-  const double second = block_reduce(s.slots, top.argmax == argmax ? top.second : top.max, Larger{});
+  argmax = block_reduce(s.slots, top.max == max ? argmax : kNoId, Smaller{});
+  // one thread that knows the largest brings its second largest, the others their largest
+  const int leader = block_reduce(s.slots, top.max == max ? thread : kThreads, Smaller{});
+  const double second = block_reduce(s.slots, thread == leader ? top.second : top.max, Larger{});
   double sum = 0, moment = 0;  // thread 0's
   const int32_t status = !good ? kStatusNaN : !(max > -kInf<double>) ? kStatusNoMass : 0;
   for (int first = 0; first < count && status == 0; first += kThreads) {
@@ -186,8 +204,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tiles_kernel(RowStatsA
   const int64_t count = num_tiles(V);
   TileStats* const tiles = static_cast<TileStats*>(a.scratch) + r * count;
   const auto end = static_cast<int>(count * (part + 1) / parts);
+  double before = -kInf<double>;
   for (int t = static_cast<int>(count * part / parts) + warp_id(); t < end; t += kWarps) {
-    const TileStats stats = tile_stats(x, t * static_cast<int>(kTile), V);
+    const TileStats stats = tile_stats(x, t * static_cast<int>(kTile), V, before);
+    before = larger(before, stats.max);
     if (lane_id() == 0) tiles[t] = stats;
   }
   if (parts > 1) return;

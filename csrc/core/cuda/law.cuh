@@ -69,10 +69,16 @@ template <class E, class C = Compute<E>>
 __device__ inline void scan_blocks(const E* x, int begin, int end, C* block_max) {
   constexpr int kPer = kPerVector<E>, kSpan = kWarp * kPer, kAtOnce = 4;
   constexpr int kLanesPerBlock = static_cast<int>(kBlock) / kPer;
+  const bool aligned = is_aligned<16>(x);
   for (int first = begin + warp_id() * kAtOnce * kSpan; first < end; first += kWarps * kAtOnce * kSpan) {
     C v[kAtOnce][kPer];
+    if (first + kAtOnce * kSpan <= end && aligned) {  // decided once, so that the loads stand side by side
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) read(x, first + i * kSpan + lane_id() * kPer, end, -kInf<C>, v[i]);
+      for (int i = 0; i < kAtOnce; ++i) read_aligned(x + first + i * kSpan + lane_id() * kPer, v[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) read(x, first + i * kSpan + lane_id() * kPer, end, -kInf<C>, v[i]);
+    }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       C max = -kInf<C>;

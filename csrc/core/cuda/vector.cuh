@@ -45,24 +45,31 @@ __device__ inline void store_vector(void* p, uint4 vector) {
   *static_cast<uint4*>(p) = vector;
 }
 
-// out[j] = x[v + j], or `fill` where v + j >= n. Loads of up to 16 bytes where x + v is aligned to them.
+// Bytes of one access to kCount elements of type E.
+template <class E, int kCount>
+inline constexpr int kAccess = kCount * static_cast<int>(sizeof(E)) < 16 ? kCount * static_cast<int>(sizeof(E)) : 16;
+
+// out[j] = x[j], by loads of kAccess bytes, to which x must be aligned.
+template <int kCount, class E, class C = Compute<E>>
+__device__ inline void read_aligned(const E* x, C (&out)[kCount]) {
+  constexpr int kBytes = kAccess<E, kCount>, kChunks = kCount * static_cast<int>(sizeof(E)) / kBytes;
+  constexpr int kEach = kCount / kChunks;
+  static_assert(kCount * sizeof(E) % kBytes == 0 && kBytes >= 4);
+  struct Elements {
+    E e[kEach];
+  };
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const auto elements = bit_cast<Elements>(load_chunk<kBytes>(x + c * kEach));
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) out[c * kEach + j] = load(elements.e[j]);
+  }
+}
+
+// out[j] = x[v + j], or `fill` where v + j >= n.
 template <int kCount, class E, class C = Compute<E>>
 __device__ inline void read(const E* x, int v, int n, C fill, C (&out)[kCount]) {
-  constexpr int kBytes = kCount * static_cast<int>(sizeof(E)) < 16 ? kCount * static_cast<int>(sizeof(E)) : 16;
-  static_assert(kCount * sizeof(E) % kBytes == 0 && kBytes >= 4);
-  if (v + kCount <= n && is_aligned<kBytes>(x + v)) {
-    constexpr int kChunks = kCount * static_cast<int>(sizeof(E)) / kBytes, kEach = kCount / kChunks;
-    struct Elements {
-      E e[kEach];
-    };
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const auto elements = bit_cast<Elements>(load_chunk<kBytes>(x + v + c * kEach));
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) out[c * kEach + j] = load(elements.e[j]);
-    }
-    return;
-  }
+  if (v + kCount <= n && is_aligned<kAccess<E, kCount>>(x + v)) return read_aligned(x + v, out);
 #pragma unroll
   for (int j = 0; j < kCount; ++j) out[j] = v + j < n ? static_cast<C>(load(x[v + j])) : fill;
 }
@@ -70,7 +77,7 @@ __device__ inline void read(const E* x, int v, int n, C fill, C (&out)[kCount]) 
 // x[v + j] = values[j] where v + j < n.
 template <int kCount, class C>
 __device__ inline void write(C* x, int v, int n, const C (&values)[kCount]) {
-  constexpr int kBytes = kCount * static_cast<int>(sizeof(C)) < 16 ? kCount * static_cast<int>(sizeof(C)) : 16;
+  constexpr int kBytes = kAccess<C, kCount>;
   if (v + kCount <= n && is_aligned<kBytes>(x + v)) {
     constexpr int kChunks = kCount * static_cast<int>(sizeof(C)) / kBytes, kEach = kCount / kChunks;
     struct Elements {
