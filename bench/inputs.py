@@ -38,8 +38,12 @@ class Shape:
 
 
 def logits_shapes(quick: bool) -> Iterator[Shape]:
-    """The vocabularies of the shipped model, Llama 3 and Qwen 2.5; batches 1, 8 and 64."""
+    """The vocabularies of the shipped model, Llama 3 and Qwen 2.5; batches 1, 8 and 64, or on a GPU 1 to 256."""
     float32, bfloat16 = torch.float32, torch.bfloat16
+    if torch.get_default_device().type == "cuda" and not quick:
+        yield from (Shape(batch, 128256, bfloat16) for batch in (1, 8, 64, 256))
+        yield from (Shape(8, 151936, bfloat16), Shape(8, 128256, float32), Shape(64, 128256, float32))
+        return
     if quick:
         yield from (Shape(1, 4096, float32), Shape(8, 4096, bfloat16))
         return
@@ -56,7 +60,7 @@ def copies(*tensors: Tensor, used_bytes: int | None = None) -> Inputs:
         used_bytes: what a call reads of one copy; None means all of it.
     """
     size = sum(tensor.nbytes for tensor in tensors)
-    count = -(-machine.cold_bytes(usable_cpus()) // (used_bytes or size))
+    count = -(-machine.cold_bytes_on(tensors[0].device, usable_cpus()) // (used_bytes or size))
     count = max(2, min(count, MOST_BYTES // size))
     return list(zip(*(tensor.expand(count, *tensor.shape).contiguous().unbind() for tensor in tensors), strict=True))
 

@@ -39,6 +39,13 @@ def cold_bytes(cpus: list[int]) -> int:
     return 3 * (l3_bytes(cpus) or _UNKNOWN_L3)
 
 
+def cold_bytes_on(device: torch.device, cpus: list[int]) -> int:
+    """The same for tensors on a GPU, whose second-level cache it is."""
+    if device.type == "cuda":
+        return 3 * int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return cold_bytes(cpus)
+
+
 def describe(cpus: list[int]) -> dict[str, Any]:
     """Processor, clocks, caches, versions, commit, date and load."""
     info = _cpu_info()
