@@ -341,7 +341,8 @@ def main() -> int:
         print("bench.gpu: expected Triton beside torch: pip install triton", file=sys.stderr)
         return NO_TRITON
     torch.manual_seed(0)
-    with torch.device("cuda"), torch.inference_mode():
+    torch.set_default_device("cuda")
+    with torch.inference_mode():
         report = run(
             Cuda(),
             arguments.op,

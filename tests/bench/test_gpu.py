@@ -174,6 +174,13 @@ def test_inputs_are_made_where_the_default_device_is(op):
                 call(*case.inputs[0])
 
 
+def test_shapes_on_a_gpu(inputs, monkeypatch):
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+    shapes = list(inputs.logits_shapes(False))
+    assert {shape.batch for shape in shapes} == {1, 8, 64, 256} and all(shape.large for shape in shapes)
+    assert [str(shape) for shape in inputs.logits_shapes(True)] == ["B=1 V=4096", "B=8 V=4096"]
+
+
 def test_parts_of_a_row(peers):
     for rows in (1, 3, 8, 64, 256, 4000):
         for vocab_size in (1, 4096, 32003, 128256):
