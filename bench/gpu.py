@@ -33,7 +33,7 @@ from . import gpu_peers, machine
 from .harness import Call, Case, Inputs, expression
 from .report import _json, _rounded, ops
 
-NO_GPU, NO_TRITON = 2, 3  # exit codes
+FAILED, NO_GPU, NO_TRITON = 1, 2, 3  # exit codes
 LEAST_CALLS = 64  # of a graph: the next one is launched before it ends
 MOST_CALLS = 256
 LEAST_SAMPLES = 5
@@ -258,12 +258,14 @@ def run(
     seconds: float = 0.2,
     limit_seconds: float = 540.0,
     progress: Callable[[str], None] = lambda text: None,
+    save: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Measure ops on the default device.
 
     Args:
         seconds: per row, once everything is compiled.
         limit_seconds: of all; an op that has used up its part leaves out what is left of it, which the report names.
+        save: is given the report after every op.
     """
     start = perf_counter()
     report = Report(device, limits(gpu, gpu_peers.nothing, seconds))
@@ -280,6 +282,7 @@ def run(
             progress(label)
             found = measure(gpu, entrants_of(name, case, spent < COMPILE_SHARE * share), seconds)
             report.rows.append(row_of(name, case, found, report.limits))
+        save(report)
     return report
 
 
@@ -305,6 +308,11 @@ def table(report: Report) -> str:
             lines.append(line + ("" if entrant.rotated.form == "graph" else "  stream"))
     lines += [f"left out for want of time: {label}" for label in report.left_out]
     return "\n".join(lines)
+
+
+def failures(report: Report) -> list[Row]:
+    """Rows that our call could not run; a peer's failure stands in its row and is no failure of ours."""
+    return [row for row in report.rows if row.entrants[0].error is not None]
 
 
 def describe() -> dict[str, Any]:
@@ -340,6 +348,14 @@ def main() -> int:
     if not gpu_peers.has_triton():
         print("bench.gpu: expected Triton beside torch: pip install triton", file=sys.stderr)
         return NO_TRITON
+    folder = arguments.json
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(report: Report) -> None:
+        if folder is not None:
+            (folder / "gpu.json").write_text(_json(_rounded(asdict(report))), encoding="utf-8")
+
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     with torch.inference_mode():
@@ -351,12 +367,10 @@ def main() -> int:
             seconds=arguments.seconds,
             limit_seconds=arguments.limit,
             progress=lambda text: print(text, file=sys.stderr, flush=True),
+            save=save,
         )
-    if arguments.json is not None:
-        arguments.json.mkdir(parents=True, exist_ok=True)
-        (arguments.json / "gpu.json").write_text(_json(_rounded(asdict(report))), encoding="utf-8")
     print(table(report))
-    return 0
+    return FAILED if failures(report) else 0
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ def test_limits_and_rows(gpu, harness):
     assert text.startswith("a GPU: copy 4000 GB/s (read + written), empty kernel 2.00 us in a graph of many, 5.00 us")
     assert [line.split()[-1] for line in text.splitlines()[2:4]] == ["0.80", "2.00"]
     assert "ImportError: no" in text and "left out for want of time: op: B=2" in text
-    assert gpu.table(gpu.Report({}, limit, [gpu.row_of("op", case, entrants[::-1], limit)]))  # ours failed
+    assert not gpu.failures(report)
+    broken = gpu.Report({}, limit, [gpu.row_of("op", case, entrants[::-1], limit)])
+    assert gpu.failures(broken) and "ImportError: no" in gpu.table(broken)
     json.dumps(asdict(report))
 
 
@@ -150,7 +152,9 @@ def test_a_whole_run(gpu, peers, inputs, monkeypatch):
     fake.capture = lambda calls: lambda: [call() for call in calls[:1]]
     fake.time_us = lambda run, samples, cold=False: (run(), [5.0] * samples)[1]
     names = ["commit", "verify_chain_greedy"]
-    report = gpu.run(fake, names, device={}, quick=True, seconds=0, progress=seen.append)
+    saved = []
+    report = gpu.run(fake, names, device={}, quick=True, seconds=0, progress=seen.append, save=saved.append)
+    assert saved == [report, report] and not gpu.failures(report)
     assert [row.op for row in report.rows] == ["commit", "commit", "verify_chain_greedy", "verify_chain_greedy"]
     assert len(seen) == 4 and not report.left_out
     assert [entrant.name for entrant in report.rows[2].entrants] == [
