@@ -63,9 +63,14 @@ class Cuda:
     def capture(self, calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # the first call allocates, loads and compiles
-            for call in calls[:2]:
-                call()
+        with torch.cuda.stream(side):
+            calls[0]()  # allocates, loads, compiles
+            # What waits for the GPU cannot be captured, and must not try: torch's random generator does not recover.
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                calls[-1]()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
