@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 SEEDS = 20
@@ -215,6 +217,35 @@ def test_ucontext(tmp_path):
             assert re.fullmatch(REPORTS[case].replace("LINE", str(fault(case))), said), said
     for case in CASES:
         assert run(programs, case, right=True) == ["silent"] * SEEDS
+
+
+# ---- the same primitives by nvcc ----
+
+
+def by_nvcc(directory: Path, architecture: str) -> Path:
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).exists():
+        pytest.skip("there is no nvcc")
+    program = directory / "primitives"
+    command = [nvcc, "-std=c++17", f"-arch={architecture}", "-I", HERE.parents[1] / "csrc", HERE / "primitives.cu"]
+    subprocess.run([*command, "-Werror", "all-warnings", "-o", program], check=True)
+    return program
+
+
+@pytest.mark.slow
+def test_primitives_compile_for_a_gpu(tmp_path):
+    assert by_nvcc(tmp_path, "sm_90").exists()
+
+
+@pytest.mark.gpu
+def test_primitives_on_a_gpu(tmp_path):
+    """The models that the executor is held to are true of the GPU, and so is the PTX of core/cuda/async.cuh."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    check_primitives(by_nvcc(tmp_path, "native").parent, 0)
+
+
+# ---- under sanitizers ----
 
 
 @pytest.mark.slow
