@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         call = getattr(item, "callspec", None)
         if call is None or call.params.get("backend") != "simt" or item.get_closest_marker("thin") is None:
             continue
-        values = set(call.indices.items())
+        values = {(name, repr(value)) for name, value in call.params.items()}
         known = seen.setdefault(item.nodeid.split("[")[0], set())
         if values <= known:
             item.add_marker(pytest.mark.slow)

@@ -87,11 +87,14 @@ def error(
     return law.law_error(law.speculative_law(list(zip(weights, laws)), model, length + 1), want)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("masked", [False, True], ids=["penalties", "penalties and mask"])
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "given"])
 @pytest.mark.parametrize("vocab_size, length", [(3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3)])
-def test_ratio_law(ops, vocab_size, length, drawn, masked):
-    assert error(ops, vocab_size, length, masked=masked, drawn=drawn) < EXACT
+def test_ratio_law(backend, vocab_size, length, drawn, masked):
+    if backend.name == "simt" and (vocab_size, length) == (4, 3):
+        pytest.skip("35,000 rows, where (3, 3) and (4, 2) show the same")
+    assert error(backend.ops, vocab_size, length, masked=masked, drawn=drawn) < EXACT
 
 
 @pytest.mark.parametrize("vocab_size, length", [(3, 3), (4, 2)])
@@ -99,6 +102,7 @@ def test_coupled_law(ops, vocab_size, length):
     assert error(ops, vocab_size, length, masked=True, drawn=False, rule="coupled") < EXACT
 
 
+@pytest.mark.backends("cpu", "cuda")
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "given"])
 @pytest.mark.parametrize("wrong", ["penalties", "mask"])
 def test_negative_oracle_rows_that_ignore_the_drafts(ops, wrong, drawn):
