@@ -21,6 +21,7 @@ I32, I64, F32 = torch.int32, torch.int64, torch.float32
 NAN, INF = float("nan"), float("inf")
 # Sizes around vector widths, words of a mask, tiles (2048), and rows that several blocks share.
 VOCAB_SIZES = (1, 2, 3, 7, 31, 32, 33, 70, 100, 257, 1000, 2047, 2048, 2049, 4097, 6151, 10_007)
+MANY_TILES = 257 * 2048 - 3  # more tiles than a block has threads
 
 
 class Draw:
@@ -83,7 +84,7 @@ class Draw:
         made: dict[str, Any] = {}
         numbers: dict[str, tuple[list, torch.dtype]] = {
             "temperature": ([0.0, 0.3, 0.7, 1.0, 1.0, 1.7, -1.0, 1e-3, NAN, INF], F32),
-            "top_k": ([0, 0, 1, 2, 3, 20, 100, vocab_size, vocab_size + 1, -5, 2**31 - 1], I32),
+            "top_k": ([0, 0, 1, 2, 3, 20, 100, vocab_size // 64, vocab_size, vocab_size + 1, -5, 2**31 - 1], I32),
             "top_p": ([1.0, 1.0, 0.1, 0.6, 0.95, 0.0, 2.0, NAN], F32),
             "min_p": ([0.0, 0.0, 0.05, 0.5, 1.0, -1.0, NAN], F32),
             "typical_p": ([1.0, 1.0, 0.2, 0.9, 0.0, NAN], F32),
@@ -121,7 +122,26 @@ class Draw:
 
 def _sizes(draw: Draw, *, most_rows: int = 5) -> tuple[int, int, torch.dtype]:
     """Requests, vocabulary, dtype."""
+    if draw.chance(0.02):
+        return 1, MANY_TILES, draw.one(DTYPES)
     return draw.integer(0 if draw.chance(0.1) else 1, most_rows), draw.one(VOCAB_SIZES), draw.one(DTYPES)
+
+
+def _aim(draw: Draw, logits: Tensor, made: dict[str, Any]) -> None:
+    """Filters that forbid the most likely id of a row, which all that is computed from it hangs on, and ids that are
+    forbidden and broken: those are errors too."""
+    likely = logits.reshape(-1, logits.shape[-1])[:1].double().nan_to_num(-INF).argmax(-1)
+    if likely.numel() == 0 or not draw.chance(0.5):
+        return
+    if "ban_ids" in made and made["ban_ids"].numel():
+        made["ban_ids"] = made["ban_ids"].clone()
+        made["ban_ids"].view(-1)[-1] = likely
+    if "bitmask" in made and made["bitmask"].numel():
+        made["bitmask"] = made["bitmask"].clone()
+        word = torch.tensor(~(1 << int(likely) % 32), dtype=I64).to(I32)
+        made["bitmask"].view(-1, made["bitmask"].shape[-1])[:, int(likely) // 32] &= word
+    if draw.chance(0.3) and any(name in made for name in ("ban_ids", "bitmask", "bias")):
+        logits.select(-1, int(likely)).fill_(draw.one([NAN, INF]))
 
 
 def _rows(draw: Draw) -> tuple[dict[str, Any], int, int]:
@@ -146,6 +166,7 @@ def _law_rows(draw: Draw) -> tuple[dict[str, Any], tuple[int, ...], int]:
     made = draw.filters(batch, masks, vocab_size, positions=True)
     if "row_start" in given and "bitmask" in made:  # flat rows have a mask each
         made["bitmask"] = draw.integers(-(2**31), 2**31 - 1, (*shape, -(-vocab_size // 32)), I32)
+    _aim(draw, given["logits"], made)
     return given | made | draw.active(batch), shape, vocab_size
 
 
@@ -156,7 +177,10 @@ def row_stats(draw: Draw) -> dict[str, Any]:
 
 def topk_logits(draw: Draw) -> dict[str, Any]:
     given, batch, vocab_size = _rows(draw)
-    return given | draw.active(batch) | {"k": min(vocab_size, draw.one([1, 2, 7, 50, 257, 1025, vocab_size]))}
+    counts = (
+        [1, 2, 7, 50, 257, 1025, vocab_size // 64 + 1, vocab_size] if vocab_size < MANY_TILES else [700, 1500, 3000]
+    )
+    return given | draw.active(batch) | {"k": min(vocab_size, draw.one(counts))}
 
 
 def target_probs(draw: Draw) -> dict[str, Any]:
@@ -168,15 +192,17 @@ def sample(draw: Draw) -> dict[str, Any]:
     given = {"logits": draw.logits((batch, vocab_size), dtype)} | draw.active(batch)
     if draw.chance(0.7):
         made = draw.filters(batch, (), vocab_size, positions=False) | draw.keys(batch)
+        _aim(draw, given["logits"], made)
         return given | made | {"stream": draw.integer(0, 255), "node": draw.integer(0, 2**24 - 1)}
     made = draw.filters(batch, (), vocab_size, positions=True)
+    _aim(draw, given["logits"], made)
     return given | made | {"uniforms": torch.from_numpy(draw.rng.random(batch))}
 
 
 def token_logprobs(draw: Draw) -> dict[str, Any]:
     given, shape, vocab_size = _law_rows(draw)
     given["tokens"] = draw.layout(draw.integers(-2, vocab_size, shape))
-    given["top"] = min(vocab_size, draw.one([0, 1, 2, 20, vocab_size]))
+    given["top"] = min(vocab_size, draw.one([0, 1, 2, 20, vocab_size if vocab_size < MANY_TILES else 1025]))
     if draw.chance(0.3):
         kept = ("logits", "tokens", "top", "row_start", "active")
         return {name: value for name, value in given.items() if name in kept}
@@ -258,7 +284,7 @@ def verify_chain(draw: Draw, rule: str | None = None) -> dict[str, Any]:
     """Drafts near the target, so that some are kept."""
     batch, vocab_size, dtype = _sizes(draw, most_rows=4)
     rule = rule or draw.one(RULES)
-    longest = draw.integer(0, 4)
+    longest = draw.integer(0, 4) if vocab_size < MANY_TILES else 1
     logits = hostile(batch * (longest + 1), vocab_size, dtype, seed=draw.integer(0, 999), broken=draw.chance(0.1))
     logits = logits.view(batch, longest + 1, vocab_size)
     lens = draw.integers(0, longest, (batch,), I32)
@@ -277,10 +303,10 @@ def verify_chain(draw: Draw, rule: str | None = None) -> dict[str, Any]:
     if rule in ("ratio", "block") and draw.chance(0.7):
         given = draft_probs.to(draw.one([dtype, work]))
         if draw.chance(0.3):  # a vocabulary of its own, with ids that mean nothing and ids that mean the same
-            size = draw.integer(1, vocab_size + 2)
-            made["draft_to_target"] = draw.integers(-1, vocab_size, (size,))
+            size = 0 if draw.chance(0.05) else draw.integer(1, vocab_size + 2)
+            made["draft_to_target"] = draw.integers(-1, draw.one([vocab_size, min(vocab_size, 3)]), (size,))
             given = torch.softmax(draw.floats((batch, longest, size)), -1).to(given.dtype)
-            made["draft_tokens"] = draw.integers(0, size - 1, (batch, longest))
+            made["draft_tokens"] = draw.integers(0, max(size - 1, 0), (batch, longest))
         made["draft_probs"] = draw.layout(given)
     elif draw.chance(0.2):
         made["draft_to_target"] = draw.integers(-1, vocab_size, (vocab_size,))
@@ -330,6 +356,44 @@ def commit(draw: Draw) -> dict[str, Any]:
     return made
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Calls made for what random ones would hardly meet
+
+
+def counts_to_confuse() -> dict[str, Any]:
+    """The k-th largest is found by counting blocks of ids by their distance from the largest; here the counts are such
+    that a sum mixed up with the position of another would name a distance within which there are less than k."""
+    blocks = torch.full((1601, 64), -50.0)
+    blocks[:, 0] = torch.tensor([10.0] + [9.4] * 600 + [7.0] * 1000)
+    return {"logits": blocks.view(1, -1), "k": 1300}
+
+
+def sum_in_order() -> dict[str, Any]:
+    """300 draft ids of one meaning. Added in order their mass stays 1, since each of the others is lost in rounding;
+    were some of them added before the first, it would take away all that the target has there, and another id be drawn.
+    """
+    draft_probs = torch.full((2, 1, 300), 2.0**-25)
+    draft_probs[..., 0] = 1
+    return {
+        "draft_tokens": torch.zeros(2, 1, dtype=I64),
+        "draft_probs": draft_probs,
+        "draft_to_target": torch.zeros(300, dtype=I64),
+        "target_probs": torch.tensor([1 + 2.0**-23, 2.0**-30]).expand(2, 2, 2),
+        "uniforms": torch.tensor([[0.9999999, 0.5]] * 2, dtype=torch.float64),
+        "rule": "ratio",
+    }
+
+
+def typical_rows() -> dict[str, Any]:
+    """Every thread needs the sum of each row before anyone adds up the next one."""
+    return {"logits": hostile(16, 3000, F32, seed=5, broken=False), "typical_p": 0.5}
+
+
+TELLING: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
+    "target_probs": (typical_rows,),
+    "topk_logits": (counts_to_confuse,),
+    "verify_chain": (sum_in_order,),
+}
 CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "apply_token_bitmask_": apply_token_bitmask_,
     "commit": commit,
@@ -352,6 +416,9 @@ OPS = [
 
 
 def call(op: str, seed: int) -> dict[str, Any]:
+    """The first seeds give the calls of TELLING."""
+    if seed < len(TELLING.get(op, ())):
+        return TELLING[op][seed]()
     return CALLS[op](Draw(OPS.index(op), seed))
 
 

@@ -26,9 +26,16 @@ def test_calls_are_valid_and_repeat(op):
     assert len(shapes) > 45
 
 
+def test_the_order_of_a_sum_shows():
+    arguments = random_calls.sum_in_order()
+    assert fastdecode.ops.verify_chain(**arguments).tokens.tolist() == [[0, -1]] * 2
+    arguments["draft_probs"] = arguments["draft_probs"].flip(-1)
+    assert fastdecode.ops.verify_chain(**arguments).tokens.tolist() == [[1, -1]] * 2
+
+
 def test_chains_of_every_rule_are_kept_and_rejected():
     kept: dict[str, set] = {}
-    for seed in range(400):
+    for seed in range(600):
         arguments = random_calls.call("verify_chain", seed)
         rule = "typical, sampled" if "bonus" in arguments else arguments["rule"]
         lens = arguments.get("draft_lens", torch.tensor(arguments["draft_tokens"].shape[1]))
