@@ -38,8 +38,15 @@ FD_HD inline uint64_t share_of(float part, uint64_t mass) {
 // Distances to look within for a nucleus, in turn: i = 0, 1, .. until kEverywhere.
 template <class C>
 FD_HD C nucleus_limit(int i) {
-  constexpr C kLimits[] = {C(4), C(6), C(8), C(11), C(15), C(21), kEverywhere<C>};
-  return kLimits[i];
+  switch (i) {  // an array would stand in local memory on a GPU
+    case 0: return C(4);
+    case 1: return C(6);
+    case 2: return C(8);
+    case 3: return C(11);
+    case 4: return C(15);
+    case 5: return C(21);
+    default: return kEverywhere<C>;
+  }
 }
 
 // A distance that holds every id of weight `least` or more: a little beyond -log(least), so that rounding loses none.

@@ -44,7 +44,11 @@ struct Noise {
 
   // Words of the indices 4 * group .. 4 * group + 3.
   FD_HD Words group(uint32_t group) const { return philox(group, stream_node, offset_lo, offset_hi, seed_lo, seed_hi); }
-  FD_HD uint32_t word(int64_t index) const { return group(static_cast<uint32_t>(index >> 2)).w[index & 3]; }
+  FD_HD uint32_t word(int64_t index) const {
+    const Words words = group(static_cast<uint32_t>(index >> 2));
+    const bool odd = index & 1;  // chosen without an index, which would put the words in a GPU's local memory
+    return index & 2 ? (odd ? words.w[3] : words.w[2]) : (odd ? words.w[1] : words.w[0]);
+  }
 };
 
 // Gumbel variate of the exponential race. Capped below 1, where the variate would be -inf and a lone id lose its draw.

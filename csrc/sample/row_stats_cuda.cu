@@ -192,7 +192,7 @@ __device__ void clear(const RowStatsArgs& a, int64_t r) {
 
 // Part blockIdx.x % parts of a row's tiles, a warp to each; with one part, the row to its end.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) tiles_kernel(RowStatsArgs a, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) tiles_kernel(RowStatsArgs a, int parts) {
   FD_SHARED(JoinShared, s);
   const int64_t r = blockIdx.x / parts, part = blockIdx.x % parts, b = r / a.rows;
   const auto V = static_cast<int>(a.vocab_size);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tiles_kernel(RowStatsA
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) join_kernel(RowStatsArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) join_kernel(RowStatsArgs a) {
   FD_SHARED(JoinShared, s);
   const int64_t r = blockIdx.x;
   if (a.active && !a.active[r / a.rows]) {

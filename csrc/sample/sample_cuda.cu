@@ -13,7 +13,7 @@ __device__ Draw draw_of(const SampleArgs& a, int64_t b) {
 
 // A block per row.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) sample_kernel(SampleArgs a, LogitRows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) sample_kernel(SampleArgs a, LogitRows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
   const int64_t b = blockIdx.x;
   const auto V = static_cast<int>(a.vocab_size);
@@ -44,7 +44,7 @@ FD_HD Part<C>* part_leaders(const LogitRows& rows) {
 }
 
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) race_kernel(SampleArgs a, LogitRows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(SampleArgs a, LogitRows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
   const int64_t b = blockIdx.x / parts;
   const auto V = static_cast<int>(a.vocab_size), part = static_cast<int>(blockIdx.x % parts);

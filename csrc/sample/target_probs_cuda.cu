@@ -6,7 +6,7 @@ namespace {
 
 // A block per part of a row. Rows are cut where their tiles' sums are there (`weighed`), else part 0 is all.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>)
     target_probs_kernel(TargetProbsArgs a, LogitRows rows, int scan_parts, int parts, bool weighed) {
   constexpr int kPer = kPerVector<C>;
   FD_SHARED(LawShared<C>, s);

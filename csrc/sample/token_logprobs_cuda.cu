@@ -7,7 +7,7 @@ namespace {
 
 // A block per row. `weighed`: the tiles' sums are there.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>)
     token_logprobs_kernel(TokenLogprobsArgs a, LogitRows rows, int parts, bool weighed) {
   FD_SHARED(LawShared<C>, s);
   const int64_t r = blockIdx.x;

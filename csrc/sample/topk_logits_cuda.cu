@@ -7,7 +7,7 @@ namespace {
 
 // A block per row.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) topk_kernel(TopkLogitsArgs a, LogitRows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) topk_kernel(TopkLogitsArgs a, LogitRows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
   const int64_t r = blockIdx.x;
   const auto V = static_cast<int>(a.vocab_size);

@@ -81,7 +81,7 @@ __device__ void judge_probs(const ChainRows& rows, int64_t b, int64_t i, int64_t
 
 // A block per row.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) judge_kernel(ChainRows rows, int parts, bool weighed) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) judge_kernel(ChainRows rows, int parts, bool weighed) {
   FD_SHARED(LawShared<C>, s);
   const int64_t job = blockIdx.x;
   const RowView<T> view = rows.view<T>(job);
@@ -112,7 +112,7 @@ __device__ double next_weight(double weight, const Verdict& verdict, int64_t x) 
 
 // A block per row. Rows that the walk does not reach are left out.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) leave_kernel(ChainRows rows) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) leave_kernel(ChainRows rows) {
   FD_SHARED(LawShared<C>, s);
   const int64_t job = blockIdx.x;
   const RowView<T> view = rows.view<T>(job);
@@ -355,7 +355,7 @@ struct RacePart {
 
 // Part blockIdx.x % parts of a request's last race.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) race_kernel(ChainRows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(ChainRows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
   const VerifyChainArgs& a = rows.a;
   const int64_t b = blockIdx.x / parts;
@@ -404,7 +404,7 @@ __device__ int64_t join_parts(BlockSlots& slots, const RacePart* part, int parts
 
 // A block per request. `parts` of its race have run, 1: none.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) finish_kernel(ChainRows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) finish_kernel(ChainRows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
   const VerifyChainArgs& a = rows.a;
   const int64_t b = blockIdx.x, first = b * (a.K + 1);

@@ -87,8 +87,7 @@ FD_ROW int64_t argmax(const C* x, int64_t n) {
 // id. may_win(v, word, reach), for sixteen ids from v on and their words as floats, is true at least where
 // Leader::reach lets an id win; only there is the variate computed.
 template <class C, class KeyOf, class MayWin>
-int64_t race(int64_t vocab_size, const Noise& noise, Leader<C> leader, const KeyOf& key,
-             const MayWin& may_win) {
+int64_t race(int64_t vocab_size, const Noise& noise, Leader<C> leader, const KeyOf& key, const MayWin& may_win) {
   constexpr int64_t kStep = 64;
   auto enter = [&](int64_t v, uint32_t word) {
     const C k = key(v);

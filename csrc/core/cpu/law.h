@@ -414,8 +414,8 @@ class Law {
     return limit_of_digits<C>(bin);
   }
 
-  // Lists the ids within `limit` of the top; kEverywhere<C> lists all that are not forbidden, also those whose distance is
-  // beyond any number.
+  // Lists the ids within `limit` of the top; kEverywhere<C> lists all that are not forbidden, also those whose distance
+  // is beyond any number.
   FD_ROW void gather(C limit) {
     const bool everywhere = limit == kEverywhere<C>;
     listed_ = true;

@@ -267,6 +267,13 @@ class Law {
     for (int j = 0; j < kCount; ++j) out[j] = exp_minus(out[j]);
   }
 
+  template <int kCount>
+  __device__ void moments(int v, C (&out)[kCount]) const {
+    distances(v, out);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = moment_of(out[j], exp_minus(out[j]));
+  }
+
   // Computes the sum that probabilities are divided by, and leaves the tiles' sums in m.tile_sum; `weighed`: they are
   // there already.
   __device__ void normalise(bool weighed = false) {
@@ -286,10 +293,7 @@ class Law {
 
   // Entropy in nats, after normalise. Overwrites m.tile_sum.
   __device__ double entropy() {
-    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) {
-      distances(v, out);
-      for (C& value : out) value = moment_of(value, exp_minus(value));
-    });
+    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) { moments(v, out); });
     return log_(sum_) + moment / sum_;
   }
 
@@ -322,7 +326,7 @@ class Law {
   __device__ void keep_top(int64_t k) {
     if (!kept_) gather(limit_for(k));
     // by logit: distances of logits far from the top may round to one number
-    if (k < count()) keep([&](int v) { return falling_key(logit(v)); }, static_cast<uint64_t>(k), One{});
+    if (k < count()) keep(By::kLogit, C(0), static_cast<uint64_t>(k));
   }
 
   // How many ids a law that is not dense keeps.
@@ -335,14 +339,24 @@ class Law {
   // body(v) for every id kept, each by one thread; not in order.
   template <class Body>
   __device__ void for_kept(const Body& body) const {
+#pragma unroll 1
     for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads)
+#pragma unroll 1
       for (uint32_t left = kept_[w]; left != 0; left &= left - 1) body(w * kWord + __ffs(static_cast<int>(left)) - 1);
   }
 
  private:
-  struct One {
-    __device__ uint64_t operator()(int) const { return 1; }
-  };
+  // What a selection goes by: the largest logits, the smallest distances, those nearest a mean distance. The first is
+  // measured by the number of ids, the others by their mass.
+  enum class By { kLogit, kDistance, kMean };
+
+  __device__ Key<C> key_of(By by, C mean, int v) const {
+    if (by == By::kLogit) return falling_key(logit(v));
+    const C d = distance_of(logit(v));
+    if (by == By::kDistance) return rising_key(d);
+    return rising_key(d > mean ? d - mean : mean - d);  // |-log p - entropy|: the normaliser cancels
+  }
+  __device__ uint64_t measure_of(By by, int v) const { return by == By::kLogit ? 1 : fixed_mass(weight(v)); }
 
   __device__ int words() const { return static_cast<int>(num_words(V)); }
   __device__ C weight(int v) const { return exp_minus(distance_of(logit(v))); }
@@ -352,32 +366,55 @@ class Law {
     const bool k = f.top_k > 0 && f.top_k < V, p = f.top_p < 1.0f;
     uint64_t row_mass = 0;
     if (p && (!k || f.order == kOrderJoint)) row_mass = mass_of_row();
-    if (k) keep_top(f.top_k);
-    if (p) {
-      uint64_t mass = kept_ ? mass_kept() : 0;
-      const uint64_t target = share_of(f.top_p, row_mass > 0 ? row_mass : mass);
-      // the bits have to hold the nucleus; most of the time that lies near the top
-      for (int i = 0; !k && mass < target; ++i) {
-        gather(nucleus_limit<C>(i));
-        mass = mass_kept();
-        if (nucleus_limit<C>(i) == kEverywhere<C>) break;
-      }
-      if (mass >= target) keep_nearest(target);
-    }
-    if (f.min_p > 0.0f) {
-      const C asked = static_cast<C>(f.min_p), least = asked < C(1) ? asked : C(1);  // the most likely id always stays
-      if (!kept_) gather(limit_of_weight(least));
-      for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads) {
-        uint32_t bits = kept_[w];
-        for (uint32_t left = bits; left != 0; left &= left - 1) {
-          const int bit = __ffs(static_cast<int>(left)) - 1;
-          if (!(weight(w * kWord + bit) >= least)) bits &= ~(uint32_t{1} << bit);
+    // A loop, so that the code of a selection stands in the kernel once: what is fetched but once is slow to fetch.
+#pragma unroll 1
+    for (int stage = 0; stage < 3; ++stage) {
+      uint64_t target = 0;  // 0: nothing to select
+      C mean = 0;
+      if (stage == 0 && k) {
+        gather(limit_for(f.top_k));
+        if (f.top_k < count()) target = static_cast<uint64_t>(f.top_k);
+      } else if (stage == 1 && p) {
+        target = nucleus(f.top_p, row_mass, k);
+      } else if (stage == 2) {
+        if (f.min_p > 0.0f) keep_likely(static_cast<C>(f.min_p));
+        if (f.typical_p < 1.0f) {
+          if (!kept_) gather(kEverywhere<C>);
+          mean = mean_distance();
+          target = share_of(f.typical_p, mass_kept());
         }
-        m.kept[w] = bits;
       }
-      __syncthreads();  // the bits are written
+      if (target > 0) keep(stage == 0 ? By::kLogit : stage == 1 ? By::kDistance : By::kMean, mean, target);
     }
-    if (f.typical_p < 1.0f) keep_typical(f.typical_p);
+  }
+
+  // What a nucleus must weigh, its ids among those kept; 0 where all that are kept weigh less.
+  __device__ uint64_t nucleus(float top_p, uint64_t row_mass, bool listed) {
+    uint64_t mass = listed ? mass_kept() : 0;
+    const uint64_t target = share_of(top_p, row_mass > 0 ? row_mass : mass);
+    // the bits have to hold the nucleus; most of the time that lies near the top
+#pragma unroll 1
+    for (int i = 0; !listed && mass < target; ++i) {
+      gather(nucleus_limit<C>(i));
+      mass = mass_kept();
+      if (nucleus_limit<C>(i) == kEverywhere<C>) break;
+    }
+    return mass >= target ? target : 0;
+  }
+
+  // min-p, all ties.
+  __device__ void keep_likely(C min_p) {
+    const C least = min_p < C(1) ? min_p : C(1);  // the most likely id always stays
+    if (!kept_) gather(limit_of_weight(least));
+    for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads) {
+      uint32_t bits = kept_[w];
+      for (uint32_t left = bits; left != 0; left &= left - 1) {
+        const int bit = __ffs(static_cast<int>(left)) - 1;
+        if (!(weight(w * kWord + bit) >= least)) bits &= ~(uint32_t{1} << bit);
+      }
+      m.kept[w] = bits;
+    }
+    __syncthreads();  // the bits are written
   }
 
   __device__ void keep_one(int id) {
@@ -387,25 +424,12 @@ class Law {
     __syncthreads();  // the bits are written
   }
 
-  __device__ void keep_nearest(uint64_t target) {
-    keep([&](int v) { return rising_key(distance_of(logit(v))); }, target,
-         [&](int v) { return fixed_mass(weight(v)); });
-  }
-
-  __device__ void keep_typical(float part) {
-    if (!kept_) gather(kEverywhere<C>);
-    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) {
-      distances(v, out);
-      for (C& value : out) value = moment_of(value, exp_minus(value));
-    });
-    const double sum = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) { weights(v, out); });
-    const auto mean = static_cast<C>(moment / sum);
-    // |-log p - entropy|: the normaliser cancels
-    auto key = [&](int v) {
-      const C d = distance_of(logit(v));
-      return rising_key(d > mean ? d - mean : mean - d);
-    };
-    keep(key, share_of(part, mass_kept()), [&](int v) { return fixed_mass(weight(v)); });
+  // Of the kept ids, under the law: entropy minus the logarithm of the normaliser.
+  __device__ C mean_distance() {
+    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) { moments(v, out); });
+    weigh(0, 1);
+    __syncthreads();  // the tiles' sums are written
+    return static_cast<C>(moment / add_tiles(s.slots, m.tile_sum, V));
   }
 
   __device__ uint64_t mass_kept() const {
@@ -443,7 +467,12 @@ class Law {
     const uint64_t before = block_scan(s.slots, mine).before, wanted = static_cast<uint64_t>(k);
     const bool here = before < wanted && wanted <= before + mine;
     int end = static_cast<int>(threadIdx.x) * kEach;
-    for (uint64_t seen = before; here && seen < wanted;) seen += bins[end++ % kEach];
+    uint64_t seen = before;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      end += seen < wanted;
+      seen += bins[i];
+    }
     end = block_broadcast(s.slots, here, end);
     return limit_of_digits<C>(static_cast<Key<C>>(end));
   }
@@ -479,14 +508,16 @@ class Law {
     __syncthreads();  // the bits are written
   }
 
-  // Radix selection: keeps the first ids in the order of key(v), then v, that measure at least `target` >= 1 together;
-  // all that are kept so far must.
-  template <class KeyOf, class Measure>
-  __device__ void keep(const KeyOf& key, uint64_t target, const Measure& measure) {
+  // Radix selection: keeps the first ids in the order of their keys, then of the ids, that measure at least `target` >=
+  // 1 together; all that are kept so far must.
+  __device__ void keep(By by, C mean, uint64_t target) {
+    const auto key = [&](int v) { return key_of(by, mean, v); };
+    const auto measure = [&](int v) { return measure_of(by, v); };
     constexpr int kBits = 8;
     static_assert(1 << kBits == kThreads);  // a bin to each thread
     Key<C> prefix = 0;                      // the digits so far of the key at which the target is reached
     uint64_t before = 0;                    // measure of the ids with smaller keys
+#pragma unroll 1
     for (int shift = 8 * static_cast<int>(sizeof(C)) - kBits; shift >= 0; shift -= kBits) {
       s.bin_mass[threadIdx.x] = 0;
       __syncthreads();  // the bins are empty
@@ -511,7 +542,9 @@ class Law {
     const int each = (words() + kThreads - 1) / kThreads;
     const int begin = static_cast<int>(threadIdx.x) * each, end = begin + each < words() ? begin + each : words();
     uint64_t ties = 0;
+#pragma unroll 1
     for (int w = begin; w < end; ++w)
+#pragma unroll 1
       for (uint32_t left = kept_[w]; left != 0; left &= left - 1) {
         const int v = w * kWord + __ffs(static_cast<int>(left)) - 1;
         if (key(v) == prefix) ties += measure(v);

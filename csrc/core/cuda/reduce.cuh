@@ -10,8 +10,10 @@ namespace fastdecode::FD_ISA {
 // Threads of every block that works on a row.
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / kWarp;
-// Blocks that a multiprocessor must be able to hold: with no number ptxas would rather spill than use 80 registers.
-inline constexpr int kBlocksPerSm = 2;
+// Blocks of a kernel that computes in C that a multiprocessor must be able to hold: with no number, or with two blocks
+// of doubles, ptxas spills registers.
+template <class C>
+inline constexpr int kBlocksPerSm = sizeof(C) == 8 ? 1 : 2;
 
 // op(a, b) must not depend on the order of its arguments.
 template <class N, class Op>

@@ -65,7 +65,7 @@ LogitRows logit_rows(const Args& a, const void* logits, const FilterArgs& filter
 
 // The kernels below are for any Rows that counts num_rows of vocab_size logits and gives view<T>(r).
 template <class T, class Rows>
-__global__ void __launch_bounds__(kThreads) scan_kernel(Rows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, 4) scan_kernel(Rows rows, int parts) {
   const RowView<T> view = rows.template view<T>(blockIdx.x / parts);
   if (view.live)
     scan_row(view.logits, static_cast<int>(rows.vocab_size), view.filter, view.memory,
@@ -89,7 +89,7 @@ __device__ inline void scan_if_alone(const RowView<T, C>& view, int vocab_size, 
 
 // The tiles' sums of laws that nothing cuts, a row's parts to as many blocks. After the scan.
 template <class T, class Rows, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) weigh_kernel(Rows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) weigh_kernel(Rows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
   const RowView<T> view = rows.template view<T>(blockIdx.x / parts);
   if (!view.live) return;

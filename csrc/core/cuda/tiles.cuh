@@ -54,6 +54,7 @@ template <class E, class C, class ValueOf>
 __device__ inline C tile_sum(int start, int vocab_size, const ValueOf& value) {
   using Shape = TileShape<E>;
   LaneSums<E, C> sums;
+#pragma unroll 1
   for (int i = 0; i < Shape::kSteps && start + i * static_cast<int>(kLanes) < vocab_size; ++i) {
 #pragma unroll
     for (int q = 0; q < Shape::kVectors; ++q) {
