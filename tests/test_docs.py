@@ -38,7 +38,7 @@ def files(page: str) -> dict[str, str]:
     found = {}
     for _, tag, text in blocks(page):
         if tag in ("cpp", "py"):
-            path = re.match(r"(?://|#) ([\w/.]+\.(?:h|cpp|py))\n", text)
+            path = re.match(r"(?://|#) ([\w/.]+\.(?:h|cpp|cu|py))\n", text)
             assert path, f"{page}: expected the file's path in the first line, got {text.splitlines()[0]!r}"
             found[path[1]] = text
     return found
