@@ -34,6 +34,9 @@ void run(Thread* next) {
 
 void check_exit(Thread& me) {
   Block& block = *me.block;
+  if (!me.copies.empty()) {
+    fault("asynchronous copies: it exits without having waited for ", me.copies.size(), " of them");
+  }
   if (block.waiting) {
     fault("divergence: it exits while ", block.waiting, " threads of its block wait in ", block.call, " (", block.site,
           ")");

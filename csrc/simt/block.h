@@ -133,7 +133,7 @@ struct Source {
 uint64_t collective(Call call, uint32_t mask, uint64_t value, Source source, const char* file, int line);
 void yield();
 inline void preemption_point() {
-  if (--switches_until_yield < 0 && current) yield();
+  if (current && --switches_until_yield < 0) yield();
 }
 void async_copy(void* shared, const void* global, int bytes, Site site);
 void async_commit();

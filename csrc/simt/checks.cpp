@@ -1,9 +1,8 @@
 // Configuration, the list of barriers, and the words of the reports.
 #include <algorithm>
 #include <bit>
-#include <cstring>
+#include <cstdio>
 #include <deque>
-#include <mutex>
 
 #include "simt/internal.h"
 

@@ -66,7 +66,7 @@ Thread* take() {
   Thread* const next = queue[head++ % kCapacity];
   --count;
   --next->block->runnable;
-  // The next ones' state and stacks are in no near cache. Beyond the end stand threads of old: no harm.
+  // The next ones' state and stacks are in no near cache.
   if (count > 3) {
     __builtin_prefetch(queue[(head + 3) % kCapacity]);
     prefetch_stack(queue[(head + 1) % kCapacity]->fiber);

@@ -197,7 +197,7 @@ std::string run_misaligned(bool right) {
   return compare(out, expected);
 }
 
-// ---- missing wait for an asynchronous copy ----
+// ---- asynchronous copies: read before the wait, and never waited for ----
 
 __global__ void copy_and_read(float* out, const float* in, bool right) {
   FD_SHARED(Floats, s);
@@ -207,6 +207,7 @@ __global__ void copy_and_read(float* out, const float* in, bool right) {
   if (right) cp_async_wait<0>();
   __syncthreads();
   out[t] = s.values[kThreads - 1 - t];  // fault: async
+  cp_async_wait<0>();
 }
 
 std::string run_async(bool right) {
@@ -214,6 +215,31 @@ std::string run_async(bool right) {
   std::vector<float> expected(in.rbegin(), in.rend()), out(kThreads);
   FD_LAUNCH(copy_and_read, 1, kThreads, 0, nullptr, out.data(), in.data(), right);
   return compare(out, expected);
+}
+
+__global__ void copy_two(float* out, const float* in, bool right) {
+  struct Smem {
+    float first[kThreads], second[kThreads];
+  };
+  FD_SHARED(Smem, s);
+  const int t = static_cast<int>(threadIdx.x);
+  cp_async<4>(&s.first[t], &in[t]);
+  cp_async_commit();
+  cp_async<4>(&s.second[t], &in[kThreads - 1 - t]);
+  cp_async_commit();
+  if (right) {
+    cp_async_wait<0>();
+  } else {
+    cp_async_wait<1>();  // fault: unwaited
+  }
+  out[t] = right ? s.first[t] + s.second[t] : s.first[t];
+}
+
+std::string run_unwaited(bool right) {
+  const auto in = ramp(kThreads);
+  std::vector<float> out(kThreads);
+  FD_LAUNCH(copy_two, 1, kThreads, 0, nullptr, out.data(), in.data(), right);
+  return compare(out, std::vector<float>(kThreads, kThreads + 1.0f));
 }
 
 // ---- a barrier too many: nothing can notice its removal ----
@@ -310,7 +336,7 @@ const std::map<std::string, std::function<std::string(bool)>> cases = {
     {"async", run_async},         {"misaligned", run_misaligned},
     {"bounds", run_bounds},       {"dynamic", run_dynamic},
     {"global", run_global},       {"uninitialised", run_uninitialised},
-    {"redundant", run_redundant},
+    {"redundant", run_redundant}, {"unwaited", run_unwaited},
 };
 
 }  // namespace
