@@ -19,10 +19,13 @@ if(NOT FD_HAS_CUDA)
   return()
 endif()
 
-# The GPU at hand; without one, Hopper. Wheels: -DCMAKE_CUDA_ARCHITECTURES="80-real;90-real;100-real;120"
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+# The GPU at hand; without one, Hopper. Wheels: -DCMAKE_CUDA_ARCHITECTURES="80;90-real;100-real;120-real"
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
-    OUTPUT_VARIABLE FD_GPUS OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    OUTPUT_VARIABLE FD_GPUS RESULT_VARIABLE FD_NO_GPUS OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  if(FD_NO_GPUS)
+    set(FD_GPUS "")
+  endif()
   string(REGEX REPLACE "[^0-9\n]" "" FD_GPUS "${FD_GPUS}")
   string(REPLACE "\n" ";" FD_GPUS "${FD_GPUS}")
   list(REMOVE_DUPLICATES FD_GPUS)
@@ -43,6 +46,9 @@ add_library(fd_cuda OBJECT ${FD_CUDA_SOURCES})
 set_target_properties(fd_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(fd_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
 target_compile_options(fd_cuda PRIVATE
-  -fmad=false --expt-relaxed-constexpr --expt-extended-lambda -lineinfo -Xptxas=-v,-warn-spills -Werror=all-warnings
+  -fmad=false -ftz=false -prec-div=true -prec-sqrt=true --expt-relaxed-constexpr --expt-extended-lambda -lineinfo
   -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=)
+if(FASTDECODE_STRICT)
+  target_compile_options(fd_cuda PRIVATE -Xptxas=-v,-warn-spills -Werror=all-warnings)
+endif()
 set(FD_CUDA_OBJECTS $<TARGET_OBJECTS:fd_cuda>)

@@ -116,7 +116,8 @@ int32_t count_sms(int32_t device) {
   static std::atomic<int32_t> known[64];
   int32_t count = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
   if (count > 0) return count;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
   if (device < 64) known[device].store(count, std::memory_order_relaxed);
   return count;
 }

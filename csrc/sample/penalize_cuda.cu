@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) penalize_apply_kernel(PenalizeArgs a
   }
 }
 
-unsigned grid_of(int64_t blocks) { return static_cast<unsigned>(std::min(blocks, kMaxBlocks)); }
+unsigned capped_grid(int64_t blocks) { return static_cast<unsigned>(std::min(blocks, kMaxBlocks)); }
 
 // Blocks to share `items` texts: one token per thread, as far as the device runs so many blocks at once.
 Work text_work(const PenalizeArgs& a, int64_t items, const Exec& ex) {
@@ -192,11 +192,12 @@ void run(const PenalizeArgs& a, const Exec& ex) {
   const bool penalized = has_penalties(a);
   const Work rows{a.batch * a.rows, static_cast<int>((a.vocab_size + kPart<T> - 1) / kPart<T>)};
   const Work texts = penalized ? text_work(a, a.batch, ex) : Work{a.batch, 1};
-  FD_LAUNCH((penalize_copy_kernel<T>), grid_of(rows.blocks() + texts.blocks()), kThreads, 0, ex.stream, a, rows, texts);
+  FD_LAUNCH((penalize_copy_kernel<T>), capped_grid(rows.blocks() + texts.blocks()), kThreads, 0, ex.stream, a, rows,
+            texts);
   if (!penalized || rows.items == 0) return;
-  FD_LAUNCH(penalize_count_kernel, grid_of(texts.blocks()), kThreads, 0, ex.stream, a, texts);
+  FD_LAUNCH(penalize_count_kernel, capped_grid(texts.blocks()), kThreads, 0, ex.stream, a, texts);
   const Work row_texts = text_work(a, rows.items, ex);
-  FD_LAUNCH((penalize_apply_kernel<T>), grid_of(row_texts.blocks()), kThreads, 0, ex.stream, a, row_texts);
+  FD_LAUNCH((penalize_apply_kernel<T>), capped_grid(row_texts.blocks()), kThreads, 0, ex.stream, a, row_texts);
 }
 
 }  // namespace

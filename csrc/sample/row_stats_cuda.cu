@@ -230,8 +230,8 @@ template <class T, class C = Compute<T>>
 void run(const RowStatsArgs& a, const Exec& ex) {
   const int64_t rows = a.batch * a.rows;
   const int parts = num_row_parts(rows, a.vocab_size, ex);
-  FD_LAUNCH((tiles_kernel<T>), static_cast<unsigned>(rows * parts), kThreads, 0, ex.stream, a, parts);
-  if (parts > 1) FD_LAUNCH((join_kernel<C>), static_cast<unsigned>(rows), kThreads, 0, ex.stream, a);
+  FD_LAUNCH((tiles_kernel<T>), grid_of(rows * parts), kThreads, 0, ex.stream, a, parts);
+  if (parts > 1) FD_LAUNCH((join_kernel<C>), grid_of(rows), kThreads, 0, ex.stream, a);
 }
 
 }  // namespace

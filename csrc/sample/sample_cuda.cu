@@ -30,17 +30,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) sample_kernel(Sampl
   a.status[b] = status;
 }
 
-// Few rows and nothing but a temperature: the race itself is cut into parts, after the scan.
-template <class C>
-struct Part {
-  C best;
-  int64_t winner;
-};
-
-// Where the parts' leaders stand: behind the rows' memory.
-template <class C>
-FD_HD Part<C>* part_leaders(const LogitRows& rows) {
-  return reinterpret_cast<Part<C>*>(rows.scratch + rows.num_rows * rows.row_bytes);
+// Few rows and nothing but a temperature: the race itself is cut into parts, after the scan. Their leaders stand behind
+// the rows' memory.
+FD_HD RacePart* race_parts(const LogitRows& rows) {
+  return reinterpret_cast<RacePart*>(rows.scratch + rows.num_rows * rows.row_bytes);
 }
 
 template <class T, class C = Compute<T>>
@@ -58,44 +51,42 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(SampleA
     leader = join_leaders(s.slots, mine);
   });
   if (threadIdx.x != 0) return;
-  part_leaders<C>(rows)[blockIdx.x] = {leader.best, leader.winner};
+  race_parts(rows)[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, false};
   if (part == 0) a.status[b] = status;
 }
 
-// A thread per row.
-template <class C>
-__global__ void __launch_bounds__(kWarp) race_end_kernel(SampleArgs a, LogitRows rows, int parts) {
-  const int64_t b = int64_t{blockIdx.x} * kWarp + threadIdx.x;
-  if (b >= a.batch) return;
-  a.tokens[b] = -1;
-  if (a.active && !a.active[b]) a.status[b] = 0;
-  if (a.status[b] != 0 || (a.active && !a.active[b])) return;
-  Leader<C> leader;
-  for (int part = 0; part < parts; ++part) {
-    const Part<C>& other = part_leaders<C>(rows)[b * parts + part];
-    if (other.winner >= 0) leader.enter_total(other.winner, other.best);
-  }
-  a.tokens[b] = leader.winner;
+// A block per row.
+__global__ void __launch_bounds__(kThreads) race_end_kernel(SampleArgs a, LogitRows rows, int parts) {
+  FD_SHARED(BlockSlots, slots);
+  const int64_t b = blockIdx.x;
+  const bool active = !a.active || a.active[b];
+  const int32_t status = active ? a.status[b] : 0;
+  int64_t token = -1;
+  bool bad;
+  if (active && status == 0) token = join_parts(slots, race_parts(rows) + b * parts, parts, bad);
+  if (threadIdx.x != 0) return;
+  a.tokens[b] = token;
+  a.status[b] = status;
 }
 
 LogitRows rows_of(const SampleArgs& a) { return logit_rows(a, a.logits, a.filters, nullptr, a.batch, 1, 0); }
 
 bool races_in_parts(const SampleArgs& a, int parts) {
-  return parts > 1 && a.random.seed && !cuts(a.filters) && !edits(a.filters);
+  return parts > 1 && a.random.seed && !may_cut(a.filters) && !may_edit(a.filters);
 }
 
-template <class T, class C = Compute<T>>
+template <class T>
 void run(const SampleArgs& a, const Exec& ex) {
   const LogitRows rows = rows_of(a);
   const int parts = num_row_parts(a.batch, a.vocab_size, ex);
   launch_scan<T>(rows, parts, ex);
-  const auto batch = static_cast<unsigned>(a.batch);
+  const unsigned batch = grid_of(a.batch);
   if (!races_in_parts(a, parts)) {
     FD_LAUNCH((sample_kernel<T>), batch, kThreads, 0, ex.stream, a, rows, parts);
     return;
   }
-  FD_LAUNCH((race_kernel<T>), batch * parts, kThreads, 0, ex.stream, a, rows, parts);
-  FD_LAUNCH((race_end_kernel<C>), (batch + kWarp - 1) / kWarp, kWarp, 0, ex.stream, a, rows, parts);
+  FD_LAUNCH((race_kernel<T>), grid_of(a.batch * parts), kThreads, 0, ex.stream, a, rows, parts);
+  FD_LAUNCH(race_end_kernel, batch, kThreads, 0, ex.stream, a, rows, parts);
 }
 
 }  // namespace
@@ -105,7 +96,7 @@ int64_t fastdecode::cuda::sample_scratch_bytes(const SampleArgs& a, const Exec& 
   const FD_ISA::LogitRows rows = FD_ISA::rows_of(a);
   const int parts = FD_ISA::num_row_parts(a.batch, a.vocab_size, ex);
   const int64_t leaders = FD_ISA::races_in_parts(a, parts) ? a.batch * parts : 0;
-  return rows.num_rows * rows.row_bytes + leaders * static_cast<int64_t>(sizeof(FD_ISA::Part<double>));
+  return rows.num_rows * rows.row_bytes + leaders * static_cast<int64_t>(sizeof(FD_ISA::RacePart));
 }
 
 void fastdecode::cuda::sample(const SampleArgs& a, const Exec& ex) {

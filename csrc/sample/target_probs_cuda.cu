@@ -47,12 +47,12 @@ template <class T>
 void run(const TargetProbsArgs& a, const Exec& ex) {
   const LogitRows rows = rows_of(a);
   const int scan_parts = num_row_parts(rows.num_rows, a.vocab_size, ex);
-  const bool weighed = scan_parts > 1 && !cuts(a.filters);
+  const bool weighed = scan_parts > 1 && !may_cut(a.filters);
   const int parts = weighed ? scan_parts : 1;
   launch_scan<T>(rows, scan_parts, ex);
   if (weighed) launch_weigh<T>(rows, parts, ex);
-  FD_LAUNCH((target_probs_kernel<T>), static_cast<unsigned>(rows.num_rows * parts), kThreads, 0, ex.stream, a, rows,
-            scan_parts, parts, weighed);
+  FD_LAUNCH((target_probs_kernel<T>), grid_of(rows.num_rows * parts), kThreads, 0, ex.stream, a, rows, scan_parts,
+            parts, weighed);
 }
 
 }  // namespace

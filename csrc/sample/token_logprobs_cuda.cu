@@ -61,11 +61,10 @@ template <class T>
 void run(const TokenLogprobsArgs& a, const Exec& ex) {
   const LogitRows rows = rows_of(a);
   const int parts = num_row_parts(rows.num_rows, a.vocab_size, ex);
-  const bool weighed = parts > 1 && !cuts(a.filters);
+  const bool weighed = parts > 1 && !may_cut(a.filters);
   launch_scan<T>(rows, parts, ex);
   if (weighed) launch_weigh<T>(rows, parts, ex);
-  FD_LAUNCH((token_logprobs_kernel<T>), static_cast<unsigned>(rows.num_rows), kThreads, 0, ex.stream, a, rows, parts,
-            weighed);
+  FD_LAUNCH((token_logprobs_kernel<T>), grid_of(rows.num_rows), kThreads, 0, ex.stream, a, rows, parts, weighed);
 }
 
 }  // namespace

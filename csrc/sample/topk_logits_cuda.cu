@@ -44,7 +44,7 @@ void run(const TopkLogitsArgs& a, const Exec& ex) {
   const LogitRows rows = rows_of(a);
   const int parts = num_row_parts(rows.num_rows, a.vocab_size, ex);
   launch_scan<T>(rows, parts, ex);
-  FD_LAUNCH((topk_kernel<T>), static_cast<unsigned>(rows.num_rows), kThreads, 0, ex.stream, a, rows, parts);
+  FD_LAUNCH((topk_kernel<T>), grid_of(rows.num_rows), kThreads, 0, ex.stream, a, rows, parts);
 }
 
 }  // namespace

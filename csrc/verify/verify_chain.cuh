@@ -41,15 +41,10 @@ struct ChainRows {
   template <class T>
   __device__ RowView<T> view(int64_t job) const {
     const int64_t b = job / (a.K + 1), i = job % (a.K + 1);
-    RowView<T> row{b, i, nullptr, {}, {}, valid(b) && i <= len(b)};
-    if (!row.live) return row;
-    row.logits = target_row<T>(b, i);
-    if (a.target_is_probs) {
-      row.memory.tile_sum = reinterpret_cast<double*>(row_at(job));
-      return row;
-    }
-    place_row(vocab_size, edits(a.filters), row_at(job), row.memory);
-    row.filter = row_filter(a.filters, b, i, a.row_start ? a.row_start[b] + i : 0);
+    // no pointer is ever null here: nvcc would no longer know that it is global memory's
+    RowView<T> row{b, i, target_row<T>(b, i), {}, {}, valid(b) && i <= len(b)};
+    place_row(vocab_size, may_edit(a.filters), row_at(job), row.memory);
+    if (row.live) row.filter = row_filter(a.filters, b, i, a.row_start ? a.row_start[b] + i : 0);
     return row;
   }
 
@@ -63,11 +58,8 @@ struct ChainRows {
     return reinterpret_cast<char*>(left_status()) + (num_rows * 4 + 15) / 16 * 16 + index * mapped_bytes;
   }
 
-  // Behind all of it: the parts of races.
-  template <class Part>
-  FD_HD Part* race_parts() const {
-    return reinterpret_cast<Part*>(mapped_at(num_rows));
-  }
+  // Behind all of it: the parts of races, over rows (coupled) or for the last tokens of requests.
+  FD_HD RacePart* race_parts() const { return reinterpret_cast<RacePart*>(mapped_at(num_rows)); }
 
   __device__ int64_t len(int64_t b) const { return a.draft_lens ? a.draft_lens[b] : a.K; }
   __device__ bool active(int64_t b) const { return !a.active || a.active[b]; }
@@ -129,15 +121,15 @@ struct ChainRows {
   __device__ double draft_prob(BlockSlots& slots, int64_t b, int64_t i, int64_t x) const {
     if (!a.draft_probs || !a.draft_to_target) return draft_prob_at<T, C>(b, i, x);
     double prob = 0;  // several draft ids may mean one id of the target: added in order
-    for (int64_t first = 0; first < a.draft_vocab_size; first += kThreads) {
-      const int64_t d = first + threadIdx.x;
-      bool means = d < a.draft_vocab_size && a.draft_to_target[d] == x;
-      while (__syncthreads_or(means)) {
-        const auto thread = static_cast<int>(threadIdx.x);
-        const int next = block_reduce(slots, means ? thread : kThreads, Smaller{});
-        prob += draft_prob_at<T, C>(b, i, first + next);
-        means = means && thread != next;
-      }
+    const auto ids = static_cast<int>(a.draft_vocab_size);
+    int mine = static_cast<int>(threadIdx.x), next;
+    auto find = [&] {
+      while (mine < ids && a.draft_to_target[mine] != x) mine += kThreads;
+      return mine < ids ? mine : ids;
+    };
+    while ((next = block_reduce(slots, find(), Smaller{})) < ids) {
+      prob += draft_prob_at<T, C>(b, i, next);
+      if (mine == next) mine += kThreads;
     }
     return prob;
   }
@@ -146,28 +138,40 @@ struct ChainRows {
   template <class T, class C>
   __device__ DraftRow<T, C> map_draft(int64_t b, int64_t i, char* buffer) const {
     C* const mapped = reinterpret_cast<C*>(buffer);
-    int32_t* const next = reinterpret_cast<int32_t*>(mapped + vocab_size);  // who may add to an id now
-    const auto thread = static_cast<int32_t>(threadIdx.x);
-    for (int64_t v = thread; v < vocab_size; v += kThreads) {
+    int32_t* const last = reinterpret_cast<int32_t*>(mapped + vocab_size);  // draft id that an id was given last
+    int32_t* const next = last + vocab_size;                                // and the one it is given now
+    const auto ids = static_cast<int>(a.draft_vocab_size);
+    for (int64_t v = threadIdx.x; v < vocab_size; v += kThreads) {
       mapped[v] = C(0);
-      next[v] = kThreads;
+      last[v] = -1;
+      next[v] = ids;
     }
     __syncthreads();  // the row is empty
     const DraftRow<T, C> row = draft_row<T, C>(b, i);
-    for (int64_t first = 0; first < a.draft_vocab_size; first += kThreads) {
-      const int64_t d = first + thread, x = d < a.draft_vocab_size ? a.draft_to_target[d] : -1;
-      bool waits = x >= 0 && x < vocab_size;
-      while (__syncthreads_or(waits)) {
-        if (waits) atomicMin(&next[x], thread);
-        __syncthreads();                   // the lowest of each id is known
-        if (waits && next[x] == thread) {  // others may read it late: it is never their number
-          mapped[x] += static_cast<C>(row.same ? load(row.same[d]) : row.wide[d]);
-          next[x] = kThreads;
-          waits = false;
-        }
+    auto for_mapped = [&](const auto& body) {
+      for (int d = static_cast<int>(threadIdx.x); d < ids; d += kThreads) {
+        const int64_t x = a.draft_to_target[d];
+        if (x >= 0 && x < vocab_size) body(d, x);
       }
+    };
+    // One round per draft id that means the same: one, for most drafters.
+    while (true) {
+      bool any = false;
+      for_mapped([&](int d, int64_t x) {
+        if (d <= last[x]) return;
+        atomicMin(&next[x], d);
+        any = true;
+      });
+      if (!__syncthreads_or(any)) break;  // and the next of every id is known
+      for_mapped([&](int d, int64_t x) {
+        if (next[x] != d) return;
+        mapped[x] += static_cast<C>(row.same ? load(row.same[d]) : row.wide[d]);
+        last[x] = d;
+      });
+      __syncthreads();  // next has been read
+      for_mapped([&](int, int64_t x) { next[x] = ids; });
+      __syncthreads();  // next is free, last and the row are written
     }
-    __syncthreads();  // the row is written
     return {nullptr, mapped, -1};
   }
 

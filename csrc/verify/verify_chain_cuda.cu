@@ -8,6 +8,29 @@ namespace {
 
 // -- judging one row --
 
+// What has run on the rows before they are judged.
+struct Before {
+  int scan_parts;  // 1: no scan
+  int race_parts;  // coupled; 1: no race
+  bool weighed;
+};
+
+// coupled: part blockIdx.x % parts of the race over a row that nothing cuts.
+template <class T, class C = Compute<T>>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_row_kernel(ChainRows rows, int parts) {
+  FD_SHARED(LawShared<C>, s);
+  const RowView<T> view = rows.view<T>(blockIdx.x / parts);
+  if (!view.live) return;
+  const auto V = static_cast<int>(rows.vocab_size);
+  const Span span = part_of(V, static_cast<int>(blockIdx.x % parts), parts);
+  const Noise noise = rows.noise(view.b, kStreamToken, 0, view.row);
+  Leader<C> leader;
+  with_law(view.logits, V, view.filter, view.memory, s, [&](const auto& law) {
+    leader = join_leaders(s.slots, race(law, noise, first_leader(law, noise), span.begin, span.end));
+  });
+  if (threadIdx.x == 0) rows.race_parts()[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, false};
+}
+
 // Whether x is among the beta largest logits, ties by id, and at most tau below the largest.
 template <class L>
 __device__ bool among_best(const VerifyChainArgs& a, int64_t b, const L& law, int x) {
@@ -24,15 +47,24 @@ __device__ bool among_best(const VerifyChainArgs& a, int64_t b, const L& law, in
 }
 
 template <class L>
-__device__ void judge_law(const ChainRows& rows, int64_t b, int64_t i, int64_t x, bool weighed, L& law, Verdict& out) {
+__device__ void judge_law(const ChainRows& rows, int64_t b, int64_t i, int64_t x, const Before& before, L& law,
+                          Verdict& out) {
   const VerifyChainArgs& a = rows.a;
   const bool drafted = i < rows.len(b);  // else the row after the last draft
   switch (a.rule) {
-    case kRuleCoupled: out.token = draw(law, rows.draw_at(b, i, rows.noise(b, kStreamToken, 0, i))); break;
+    case kRuleCoupled:
+      if (before.race_parts > 1) {
+        bool bad;
+        const int parts = before.race_parts;
+        out.token = join_parts(law.s.slots, rows.race_parts() + (b * (a.K + 1) + i) * parts, parts, bad);
+      } else {
+        out.token = draw(law, rows.draw_at(b, i, rows.noise(b, kStreamToken, 0, i)));
+      }
+      break;
     case kRuleTopBeta: out.accepted = drafted && x >= 0 && among_best(a, b, law, static_cast<int>(x)); break;
     default:
       if (!drafted) break;
-      law.normalise(weighed);
+      law.normalise(before.weighed);
       if (x >= 0) out.prob = static_cast<double>(law.prob(static_cast<int>(x)));
       if (a.rule == kRuleTypical) {
         const double least = typical_threshold(a, b, law.entropy());
@@ -81,7 +113,7 @@ __device__ void judge_probs(const ChainRows& rows, int64_t b, int64_t i, int64_t
 
 // A block per row.
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) judge_kernel(ChainRows rows, int parts, bool weighed) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) judge_kernel(ChainRows rows, Before before) {
   FD_SHARED(LawShared<C>, s);
   const int64_t job = blockIdx.x;
   const RowView<T> view = rows.view<T>(job);
@@ -92,9 +124,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) judge_kernel(ChainR
     judge_probs(rows, b, i, x, view, s, verdict);
   } else {
     const auto V = static_cast<int>(rows.vocab_size);
-    scan_if_alone(view, V, parts);
+    scan_if_alone(view, V, before.scan_parts);
     verdict.status = with_law(view.logits, V, view.filter, view.memory, s,
-                              [&](auto& law) { judge_law(rows, b, i, x, weighed, law, verdict); });
+                              [&](auto& law) { judge_law(rows, b, i, x, before, law, verdict); });
   }
   if (x >= 0 && (rows.a.rule == kRuleRatio || rows.a.rule == kRuleBlock))
     verdict.draft_prob = rows.draft_prob<T, C>(s.slots, b, i, x);
@@ -162,27 +194,94 @@ __device__ Last bonus_of(const VerifyChainArgs& a) {
   return a.rule == kRuleTypical || a.rule == kRuleTopBeta ? Last::kLossy : Last::kBonus;
 }
 
+// Whether a verdict takes so few reads that the walk makes it itself.
+FD_HD inline bool judges_in_walk(const VerifyChainArgs& a) {
+  return a.target_is_probs && a.rule == kRuleRatio && !a.draft_to_target;
+}
+
+// All that decides one draft.
+struct Judged {
+  Verdict verdict;
+  double acceptance;  // its uniform
+  double left;        // block
+  int64_t x;          // the draft in the target's vocabulary
+  int32_t left_status;
+};
+
+// Drafts are read this many at once, a thread to each, before the walk comes to them.
+inline constexpr int kDraftsAtOnce = 64;
+
+template <class C>
+struct ChainShared {
+  LawShared<C> law;
+  Judged drafts[kDraftsAtOnce];
+};
+
+// Hands a request's drafts to the walk, in order, each once.
+template <class T, class C = Compute<T>>
+class Drafts {
+ public:
+  __device__ Drafts(const ChainRows& rows, int64_t b, Judged* shared) : rows_(rows), b_(b), shared_(shared) {}
+
+  __device__ const Judged& at(int64_t i) const {
+    if (i % kDraftsAtOnce == 0) {
+      if (i > 0) __syncthreads();  // the drafts before have been read
+      const int64_t mine = i + threadIdx.x;
+      if (threadIdx.x < kDraftsAtOnce && mine < rows_.len(b_)) shared_[threadIdx.x] = judged(mine);
+      __syncthreads();  // the drafts are there
+    }
+    return shared_[i % kDraftsAtOnce];
+  }
+
+  // On the row after the last draft.
+  __device__ Verdict last() const { return rows_.verdicts()[b_ * (rows_.a.K + 1) + rows_.len(b_)]; }
+
+ private:
+  __device__ Judged judged(int64_t i) const {
+    const VerifyChainArgs& a = rows_.a;
+    const int64_t job = b_ * (a.K + 1) + i;
+    Judged out{};
+    out.x = rows_.image(b_, i);
+    if (a.rule == kRuleRatio || a.rule == kRuleBlock) out.acceptance = rows_.acceptance(b_, i);
+    if (a.rule == kRuleBlock) {
+      out.left = rows_.lefts()[job];
+      out.left_status = rows_.left_status()[job];
+    }
+    if (!judges_in_walk(a)) {
+      out.verdict = rows_.verdicts()[job];
+    } else if (out.x >= 0) {
+      out.verdict.prob = static_cast<double>(load(rows_.template target_row<T>(b_, i)[out.x]));
+      if (!(out.verdict.prob < kInf<double>)) out.verdict.status = kStatusNaN;
+      out.verdict.draft_prob = rows_.template draft_prob_at<T, C>(b_, i, out.x);
+    }
+    return out;
+  }
+
+  const ChainRows& rows_;
+  const int64_t b_;
+  Judged* const shared_;
+};
+
 // Every rule but block: accept drafts one by one, then one token more.
-// `verdict_of(i)` gives the verdict on row i.
-template <class VerdictOf>
-__device__ Walk walk_chain(const ChainRows& rows, int64_t b, const VerdictOf& verdict_of) {
+template <class D>
+__device__ Walk walk_chain(const ChainRows& rows, int64_t b, const D& drafts) {
   const VerifyChainArgs& a = rows.a;
   const int64_t len = rows.len(b);
   Walk walk;
   for (int64_t i = 0; i < len; ++i) {
-    const Verdict verdict = verdict_of(i);
+    const Judged& draft = drafts.at(i);
+    const Verdict& verdict = draft.verdict;
     walk.row = i;
     if (verdict.status) return walk.status |= verdict.status, walk;
-    const int64_t x = rows.image(b, i);
-    if (x < 0) walk.status |= kStatusUnmappedDraft;
+    if (draft.x < 0) walk.status |= kStatusUnmappedDraft;
     bool accepted = verdict.accepted;
-    if (a.rule == kRuleCoupled) accepted = x >= 0 && x == verdict.token;
+    if (a.rule == kRuleCoupled) accepted = draft.x >= 0 && draft.x == verdict.token;
     if (a.rule == kRuleRatio) {
       accepted = false;
-      if (x >= 0) {
+      if (draft.x >= 0) {
         if (!(verdict.draft_prob < kInf<double>)) return walk.status |= kStatusNaN, walk;
         if (!(verdict.draft_prob > 0)) walk.status |= kStatusZeroDraftProb;
-        accepted = verdict.draft_prob > 0 && rows.acceptance(b, i) * verdict.draft_prob < verdict.prob;
+        accepted = verdict.draft_prob > 0 && draft.acceptance * verdict.draft_prob < verdict.prob;
       }
     }
     if (!accepted) {
@@ -194,62 +293,46 @@ __device__ Walk walk_chain(const ChainRows& rows, int64_t b, const VerdictOf& ve
   }
   walk.row = len;
   walk.last = bonus_of(a);
-  if (walk.last == Last::kNothing) return walk;
-  if (a.target_is_probs) return walk;
-  const Verdict verdict = verdict_of(len);
+  if (walk.last == Last::kNothing || a.target_is_probs) return walk;
+  const Verdict verdict = drafts.last();
   walk.status |= verdict.status;
   walk.token = verdict.token;
   return walk;
 }
 
-__device__ Walk walk_block(const ChainRows& rows, int64_t b, const Verdict* verdicts) {
-  const int64_t len = rows.len(b), first = b * (rows.a.K + 1);
+template <class D>
+__device__ Walk walk_block(const ChainRows& rows, int64_t b, const D& drafts) {
+  const int64_t len = rows.len(b);
   Walk walk;
-  double weight = 1;
+  double weight = 1, before = 0;  // before: the uniform of the draft before
   for (int64_t i = 0; i < len && weight > 0; ++i) {
-    const Verdict verdict = verdicts[i];
-    walk.status |= verdict.status;
-    if (!verdict.status) walk.status |= rows.left_status()[first + i];
+    const Judged& draft = drafts.at(i);
+    const Verdict& verdict = draft.verdict;
+    walk.status |= verdict.status ? verdict.status : draft.left_status;
     if (walk.status & kStatusErrors) return walk;
-    if (i > 0) {  // the prefix of i drafts, judged by what its next row leaves: u < left / (left + 1 - w), 1 for 0 / 0
-      const double left = rows.lefts()[first + i], whole = left + (1 - weight);
-      if (!(whole > 0) || rows.acceptance(b, i - 1) * whole < left) walk.num_accepted = i, walk.scale = weight;
-    }
-    const int64_t x = rows.image(b, i);
-    if (x < 0) {
+    // the prefix of i drafts, judged by what its next row leaves: u < left / (left + 1 - w), 1 for 0 / 0
+    const double whole = draft.left + (1 - weight);
+    if (i > 0 && (!(whole > 0) || before * whole < draft.left)) walk.num_accepted = i, walk.scale = weight;
+    if (draft.x < 0) {
       walk.status |= kStatusUnmappedDraft;
     } else {
       if (!(verdict.draft_prob < kInf<double>)) return walk.status |= kStatusNaN, walk;
       if (!(verdict.draft_prob > 0)) walk.status |= kStatusZeroDraftProb;
     }
-    weight = next_weight(weight, verdict, x);
-    if (i + 1 == len && rows.acceptance(b, i) < weight) walk.num_accepted = len;
+    weight = next_weight(weight, verdict, draft.x);
+    if (i + 1 == len && draft.acceptance < weight) walk.num_accepted = len;
+    before = draft.acceptance;
   }
   walk.row = walk.num_accepted;
   walk.last = walk.row < len ? Last::kResidual : bonus_of(rows.a);
-  if (walk.row == len && walk.last == Last::kBonus && !rows.a.target_is_probs) walk.status |= verdicts[len].status;
+  if (walk.last == Last::kBonus && !rows.a.target_is_probs) walk.status |= drafts.last().status;
   return walk;
 }
 
-// Whether a verdict takes so few reads that the walk makes it itself.
-FD_HD inline bool judges_in_walk(const VerifyChainArgs& a) {
-  return a.target_is_probs && a.rule == kRuleRatio && !a.draft_to_target;
-}
-
 template <class T, class C = Compute<T>>
-__device__ Walk walk_of(const ChainRows& rows, int64_t b) {
-  const Verdict* const verdicts = rows.verdicts() + b * (rows.a.K + 1);
-  if (rows.a.rule == kRuleBlock) return walk_block(rows, b, verdicts);
-  if (!judges_in_walk(rows.a)) return walk_chain(rows, b, [=](int64_t i) { return verdicts[i]; });
-  return walk_chain(rows, b, [&](int64_t i) {
-    Verdict verdict{};
-    const int64_t x = rows.image(b, i);
-    if (x < 0) return verdict;
-    verdict.prob = static_cast<double>(load(rows.target_row<T>(b, i)[x]));
-    if (!(verdict.prob < kInf<double>)) verdict.status = kStatusNaN;
-    verdict.draft_prob = rows.draft_prob_at<T, C>(b, i, x);
-    return verdict;
-  });
+__device__ Walk walk_of(const ChainRows& rows, int64_t b, ChainShared<C>& s) {
+  const Drafts<T> drafts(rows, b, s.drafts);
+  return rows.a.rule == kRuleBlock ? walk_block(rows, b, drafts) : walk_chain(rows, b, drafts);
 }
 
 // -- the last token --
@@ -341,26 +424,15 @@ __device__ int64_t draw_last(const ChainRows& rows, int64_t b, const Walk& walk,
   });
 }
 
-// Whether the last token may be raced for in parts.
-bool races_in_parts(const VerifyChainArgs& a) {
-  return a.random.seed && (a.rule == kRuleRatio || a.rule == kRuleBlock) && !(a.draft_probs && a.draft_to_target);
-}
-
-// The leader of one part, where the walk ends in a race: -1 where no id of the part has weight.
-struct RacePart {
-  double best;
-  int64_t winner;
-  bool bad;  // a number of the part is none
-};
-
 // Part blockIdx.x % parts of a request's last race.
 template <class T, class C = Compute<T>>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(ChainRows rows, int parts) {
-  FD_SHARED(LawShared<C>, s);
+  FD_SHARED(ChainShared<C>, shared);
+  LawShared<C>& s = shared.law;
   const VerifyChainArgs& a = rows.a;
   const int64_t b = blockIdx.x / parts;
   if (!rows.valid(b)) return;
-  const Walk walk = walk_of<T>(rows, b);
+  const Walk walk = walk_of<T>(rows, b, shared);
   const bool bonus = walk.last == Last::kBonus;
   if ((walk.status & kStatusErrors) || !(bonus || walk.last == Last::kResidual)) return;
   const auto V = static_cast<int>(rows.vocab_size);
@@ -386,38 +458,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(ChainRo
   }
   leader = join_leaders(s.slots, leader);
   bad = __syncthreads_or(bad) != 0;
-  if (threadIdx.x == 0)
-    rows.race_parts<RacePart>()[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, bad};
-}
-
-// What the parts found: the winner, -1 where no id has weight.
-__device__ int64_t join_parts(BlockSlots& slots, const RacePart* part, int parts, bool& bad) {
-  Leader<double> leader;
-  int any_bad = 0;
-  for (int p = static_cast<int>(threadIdx.x); p < parts; p += kThreads) {
-    any_bad |= part[p].bad;
-    if (part[p].winner >= 0) leader.enter_total(part[p].winner, part[p].best);
-  }
-  bad = __syncthreads_or(any_bad) != 0;
-  return join_leaders(slots, leader).winner;
+  if (threadIdx.x == 0) rows.race_parts()[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, bad};
 }
 
 // A block per request. `parts` of its race have run, 1: none.
 template <class T, class C = Compute<T>>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) finish_kernel(ChainRows rows, int parts) {
-  FD_SHARED(LawShared<C>, s);
+  FD_SHARED(ChainShared<C>, shared);
+  LawShared<C>& s = shared.law;
   const VerifyChainArgs& a = rows.a;
   const int64_t b = blockIdx.x, first = b * (a.K + 1);
   int64_t* const tokens = a.tokens + first;
   Walk walk;
   int64_t token = -1;
   if (rows.valid(b)) {
-    walk = walk_of<T>(rows, b);
+    walk = walk_of<T>(rows, b, shared);
     token = walk.token;
     bool draws = walk.last != Last::kNothing && walk.last != Last::kToken && !(walk.status & kStatusErrors);
     if (draws && parts > 1) {
       bool bad;
-      token = join_parts(s.slots, rows.race_parts<RacePart>() + b * parts, parts, bad);
+      token = join_parts(s.slots, rows.race_parts() + b * parts, parts, bad);
       if (bad) walk.status |= kStatusNaN;
       draws = !bad && token < 0;  // no id has weight: the block finds out what to do
     }
@@ -449,30 +509,42 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) finish_kernel(Chain
 }
 
 ChainRows rows_of(const VerifyChainArgs& a) {
-  const int64_t row = a.target_is_probs ? (num_tiles(a.vocab_size) * 8 + 15) / 16 * 16
-                                        : row_memory_bytes(a.vocab_size, edits(a.filters), a.dtype);
+  const int64_t row = row_memory_bytes(a.vocab_size, may_edit(a.filters), a.dtype);
   const int64_t size = a.dtype == DType::kFloat64 ? 8 : 4;
   const bool maps = a.draft_to_target && a.draft_probs;
-  return {a, a.batch * (a.K + 1), a.vocab_size, row, maps ? (a.vocab_size * (size + 4) + 15) / 16 * 16 : 0};
+  return {a, a.batch * (a.K + 1), a.vocab_size, row, maps ? (a.vocab_size * (size + 8) + 15) / 16 * 16 : 0};
 }
 
-int num_race_parts(const VerifyChainArgs& a, const Exec& ex) {
-  return races_in_parts(a) ? num_row_parts(a.batch, a.vocab_size, ex) : 1;
+int num_scan_parts(const VerifyChainArgs& a, const Exec& ex) {
+  return a.target_is_probs ? 1 : num_row_parts(a.batch * (a.K + 1), a.vocab_size, ex);
+}
+
+// Parts of the race over every row.
+int num_row_race_parts(const VerifyChainArgs& a, const Exec& ex) {
+  return a.rule == kRuleCoupled && a.random.seed && !may_cut(a.filters) ? num_scan_parts(a, ex) : 1;
+}
+
+// Parts of the race for a request's last token.
+int num_last_race_parts(const VerifyChainArgs& a, const Exec& ex) {
+  const bool may = a.random.seed && (a.rule == kRuleRatio || a.rule == kRuleBlock);
+  return may && !(a.draft_probs && a.draft_to_target) ? num_row_parts(a.batch, a.vocab_size, ex) : 1;
 }
 
 template <class T>
 void run(const VerifyChainArgs& a, const Exec& ex) {
   const ChainRows rows = rows_of(a);
-  const int parts = a.target_is_probs ? 1 : num_row_parts(rows.num_rows, a.vocab_size, ex);
-  const auto blocks = static_cast<unsigned>(rows.num_rows), batch = static_cast<unsigned>(a.batch);
+  const unsigned blocks = grid_of(rows.num_rows), batch = grid_of(a.batch);
   const bool sums = a.rule == kRuleRatio || a.rule == kRuleBlock || a.rule == kRuleTypical;
-  const bool weighed = parts > 1 && sums && !cuts(a.filters);
+  const int parts = num_scan_parts(a, ex), race_parts = num_last_race_parts(a, ex);
+  const Before before{parts, num_row_race_parts(a, ex), parts > 1 && sums && !may_cut(a.filters)};
   if (!a.target_is_probs) launch_scan<T>(rows, parts, ex);
-  if (weighed) launch_weigh<T>(rows, parts, ex);
-  if (!judges_in_walk(a)) FD_LAUNCH((judge_kernel<T>), blocks, kThreads, 0, ex.stream, rows, parts, weighed);
+  if (before.weighed) launch_weigh<T>(rows, parts, ex);
+  if (before.race_parts > 1)
+    FD_LAUNCH((race_row_kernel<T>), grid_of(rows.num_rows * parts), kThreads, 0, ex.stream, rows, parts);
+  if (!judges_in_walk(a)) FD_LAUNCH((judge_kernel<T>), blocks, kThreads, 0, ex.stream, rows, before);
   if (a.rule == kRuleBlock) FD_LAUNCH((leave_kernel<T>), blocks, kThreads, 0, ex.stream, rows);
-  const int race_parts = num_race_parts(a, ex);
-  if (race_parts > 1) FD_LAUNCH((race_kernel<T>), batch * race_parts, kThreads, 0, ex.stream, rows, race_parts);
+  if (race_parts > 1)
+    FD_LAUNCH((race_kernel<T>), grid_of(a.batch * race_parts), kThreads, 0, ex.stream, rows, race_parts);
   FD_LAUNCH((finish_kernel<T>), batch, kThreads, 0, ex.stream, rows, race_parts);
 }
 
@@ -482,8 +554,9 @@ void run(const VerifyChainArgs& a, const Exec& ex) {
 int64_t fastdecode::cuda::verify_chain_scratch_bytes(const VerifyChainArgs& a, const Exec& ex) {
   FD_ISA::ChainRows from_zero = FD_ISA::rows_of(a);
   from_zero.a.scratch = nullptr;
-  const int64_t parts = a.batch * FD_ISA::num_race_parts(a, ex);
-  return reinterpret_cast<intptr_t>(from_zero.race_parts<FD_ISA::RacePart>() + parts);
+  const int64_t of_rows = from_zero.num_rows * FD_ISA::num_row_race_parts(a, ex);
+  const int64_t of_requests = a.batch * FD_ISA::num_last_race_parts(a, ex);
+  return reinterpret_cast<intptr_t>(from_zero.race_parts() + (of_rows > of_requests ? of_rows : of_requests));
 }
 
 void fastdecode::cuda::verify_chain(const VerifyChainArgs& a, const Exec& ex) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "core/cpu_level.h"
 #include "core/exec.h"
@@ -31,6 +32,12 @@ namespace fastdecode::FD_ISA {
 
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Blocks of a grid, along x, whose limit this is.
+inline unsigned grid_of(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::invalid_argument("more than 2^31 - 1 blocks of one launch: split the batch");
+  return static_cast<unsigned>(blocks);
+}
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }

@@ -28,6 +28,25 @@ __device__ inline Leader<C> join_leaders(BlockSlots& slots, const Leader<C>& min
   return leader;
 }
 
+// The leader of one part of a race that is cut over blocks; winner -1 where no id of the part can win.
+struct RacePart {
+  double best;
+  int64_t winner;
+  bool bad;  // a number of the part is none
+};
+
+// The winner of all parts, -1 where there is none; by a block. `bad` is set where one of the parts is.
+__device__ inline int64_t join_parts(BlockSlots& slots, const RacePart* part, int parts, bool& bad) {
+  Leader<double> leader;
+  int any_bad = 0;
+  for (int p = static_cast<int>(threadIdx.x); p < parts; p += kThreads) {
+    any_bad |= part[p].bad;
+    if (part[p].winner >= 0) leader.enter_total(part[p].winner, part[p].best);
+  }
+  bad = __syncthreads_or(any_bad) != 0;
+  return join_leaders(slots, leader).winner;
+}
+
 // Who leads a race before it begins: in a dense law the most likely id, for what it draws rules out most others.
 template <class E, class C = Compute<E>>
 __device__ inline Leader<C> first_leader(const Law<E>& law, const Noise& noise) {
@@ -38,24 +57,38 @@ __device__ inline Leader<C> first_leader(const Law<E>& law, const Noise& noise) 
   return leader;
 }
 
-// Race over a law's ids in begin .. end - 1, begin a multiple of 4, on the keys -distance. Each thread's own leader.
+// log2 of a word times 2^-32, plus 127 and 32: a lower bound.
+__device__ inline float log2_of_word(uint32_t word) {
+  return static_cast<float>(bit_cast<int32_t>(static_cast<float>(word))) * 0x1p-23f;
+}
+
+inline constexpr int kGroup = 4;  // ids whose words come from one counter
+
+// Race over a law's ids in begin .. end - 1, whole tiles, on the keys -distance. Each thread's own leader.
 template <class E, class C = Compute<E>>
 __device__ inline Leader<C> race(const Law<E>& law, const Noise& noise, Leader<C> leader, int begin, int end) {
-  constexpr int kGroup = 4;  // ids whose words come from one counter
-  for (int v = begin + static_cast<int>(threadIdx.x) * kGroup; v < end; v += kThreads * kGroup) {
-    C distance[kGroup];
-    law.distances(v, distance);
-    bool any = false;
+  if (!law.dense()) {
+    law.for_kept([&](int v) {
+      if (v >= begin && v < end) leader.enter(v, -law.distance_of(law.logit(v)), noise.word(v));
+    });
+    return leader;
+  }
+  constexpr int kAtOnce = 2, kStep = kThreads * kGroup;  // loads side by side
+  static_assert(kTile % (kAtOnce * kStep) == 0);
+  for (int first = begin + static_cast<int>(threadIdx.x) * kGroup; first < end; first += kAtOnce * kStep) {
+    C distance[kAtOnce][kGroup];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) any |= distance[j] < kInf<C>;
-    if (!any) continue;
-    const Words words = noise.group(static_cast<uint32_t>(v) / kGroup);
+    for (int i = 0; i < kAtOnce; ++i) law.distances(first + i * kStep, distance[i]);
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      // log2 of the word, plus 127 and the 32 that make it an integer: a lower bound
-      const float log2_word = static_cast<float>(bit_cast<int32_t>(static_cast<float>(words.w[j]))) * 0x1p-23f;
-      const bool may_win = log2_word + static_cast<float>(distance[j]) * kLog2E < leader.reach + (127 + 32);
-      if (distance[j] < kInf<C> && may_win) leader.enter(v + j, -distance[j], words.w[j]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int v = first + i * kStep;
+      const Words words = noise.group(static_cast<uint32_t>(v) / kGroup);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const C d = distance[i][j];
+        const bool may_win = log2_of_word(words.w[j]) + static_cast<float>(d) * kLog2E < leader.reach + (127 + 32);
+        if (d < kInf<C> && may_win) leader.enter(v + j, -d, words.w[j]);
+      }
     }
   }
   return leader;
@@ -64,7 +97,6 @@ __device__ inline Leader<C> race(const Law<E>& law, const Noise& noise, Leader<C
 // The same over weights that need not add up to 1, on the keys log(weight); value as in sum_part.
 template <class C, class ValueOf>
 __device__ inline Leader<C> race_weights(const ValueOf& value, const Noise& noise, int begin, int end) {
-  constexpr int kGroup = 4;
   Leader<C> leader;
   for (int v = begin + static_cast<int>(threadIdx.x) * kGroup; v < end; v += kThreads * kGroup) {
     C weight[kGroup];
@@ -79,9 +111,8 @@ __device__ inline Leader<C> race_weights(const ValueOf& value, const Noise& nois
       if (!(weight[j] > C(0))) continue;
       const auto narrow = static_cast<float>(weight[j]);
       const float log2_weight = static_cast<float>(bit_cast<int32_t>(narrow)) * 0x1p-23f + kMostBelow;
-      const float log2_word = static_cast<float>(bit_cast<int32_t>(static_cast<float>(words.w[j]))) * 0x1p-23f;
       // below the normal floats the bits say nothing of the logarithm
-      const bool may_win = !(narrow >= 0x1p-126f) || log2_word - log2_weight < leader.reach + 32;
+      const bool may_win = !(narrow >= 0x1p-126f) || log2_of_word(words.w[j]) - log2_weight < leader.reach + 32;
       if (may_win) leader.enter(v + j, log_(weight[j]), words.w[j]);
     }
   }

@@ -417,6 +417,8 @@ class Law {
     __syncthreads();  // the bits are written
   }
 
+  // Several blocks may be at work on one row (weigh_kernel, races in parts): all of them write the same words, and read
+  // none before they have.
   __device__ void keep_one(int id) {
     for (int w = static_cast<int>(threadIdx.x); w < words(); w += kThreads)
       m.kept[w] = w == id / kWord ? uint32_t{1} << id % kWord : 0;

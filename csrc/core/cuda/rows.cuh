@@ -39,14 +39,16 @@ struct LogitRows {
   }
 };
 
-FD_HD inline bool edits(const FilterArgs& f) { return f.bias || f.num_bans > 0 || f.bitmask; }
-inline bool cuts(const FilterArgs& f) { return f.top_k || f.top_p || f.min_p || f.typical_p; }
+// What the filters may do to any row, as far as the host knows. A temperature, which may be greedy, is not counted: one
+// block of a row finds its argmax as fast as several.
+FD_HD inline bool may_edit(const FilterArgs& f) { return f.bias || f.num_bans > 0 || f.bitmask; }
+inline bool may_cut(const FilterArgs& f) { return f.top_k || f.top_p || f.min_p || f.typical_p; }
 
 // Of an op's arguments that has these fields; `row_start` may be nullptr.
 template <class Args>
 LogitRows logit_rows(const Args& a, const void* logits, const FilterArgs& filters, const int32_t* row_start,
                      int64_t num_rows, int64_t rows_per_request, int64_t row_stride) {
-  const bool edited = edits(filters);
+  const bool edited = may_edit(filters);
   return {logits,
           row_start,
           a.active,
@@ -63,9 +65,12 @@ LogitRows logit_rows(const Args& a, const void* logits, const FilterArgs& filter
           a.dtype};
 }
 
+// As kBlocksPerSm, for the scan, which needs fewer registers.
+inline constexpr int kScansPerSm = 4;
+
 // The kernels below are for any Rows that counts num_rows of vocab_size logits and gives view<T>(r).
 template <class T, class Rows>
-__global__ void __launch_bounds__(kThreads, 4) scan_kernel(Rows rows, int parts) {
+__global__ void __launch_bounds__(kThreads, kScansPerSm) scan_kernel(Rows rows, int parts) {
   const RowView<T> view = rows.template view<T>(blockIdx.x / parts);
   if (view.live)
     scan_row(view.logits, static_cast<int>(rows.vocab_size), view.filter, view.memory,
@@ -75,9 +80,7 @@ __global__ void __launch_bounds__(kThreads, 4) scan_kernel(Rows rows, int parts)
 // Launches the scan where rows are cut into parts; kernels over whole rows begin with scan_if_alone.
 template <class T, class Rows>
 void launch_scan(const Rows& rows, int parts, const Exec& ex) {
-  if (parts > 1)
-    FD_LAUNCH((scan_kernel<T, Rows>), static_cast<unsigned>(rows.num_rows * parts), kThreads, 0, ex.stream, rows,
-              parts);
+  if (parts > 1) FD_LAUNCH((scan_kernel<T, Rows>), grid_of(rows.num_rows * parts), kThreads, 0, ex.stream, rows, parts);
 }
 
 template <class T, class C>
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) weigh_kernel(Rows r
 
 template <class T, class Rows>
 void launch_weigh(const Rows& rows, int parts, const Exec& ex) {
-  FD_LAUNCH((weigh_kernel<T, Rows>), static_cast<unsigned>(rows.num_rows * parts), kThreads, 0, ex.stream, rows, parts);
+  FD_LAUNCH((weigh_kernel<T, Rows>), grid_of(rows.num_rows * parts), kThreads, 0, ex.stream, rows, parts);
 }
 
 }  // namespace fastdecode::FD_ISA

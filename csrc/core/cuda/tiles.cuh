@@ -69,8 +69,9 @@ __device__ inline C tile_sum(int start, int vocab_size, const ValueOf& value) {
 
 // Parts, of whole tiles, into which each row is cut so that few rows still occupy all multiprocessors.
 inline int num_row_parts(int64_t num_rows, int64_t vocab_size, const Exec& ex) {
-  if (num_rows >= ex.num_sms) return 1;
-  const int64_t wanted = 2 * ex.num_sms / (num_rows > 0 ? num_rows : 1), tiles = num_tiles(vocab_size);
+  const int64_t blocks = 4 * int64_t{ex.num_sms}, tiles = num_tiles(vocab_size);
+  if (num_rows == 0 || num_rows >= blocks) return 1;
+  const int64_t wanted = (blocks + num_rows - 1) / num_rows;
   return static_cast<int>(wanted < tiles ? wanted : tiles);
 }
 
