@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) penalize_count_kernel(PenalizeArgs a
 // --- Third: penalise -------------------------------------------------------------------------------------------------
 
 template <class T, class C = Compute<T>>
-__global__ void __launch_bounds__(kThreads) penalize_apply_kernel(PenalizeArgs a, Work rows) {
+__global__ void __launch_bounds__(kThreads, 4) penalize_apply_kernel(PenalizeArgs a, Work rows) {
   for (int64_t block = blockIdx.x; block < rows.blocks(); block += gridDim.x) {
     const Share share = share_of(block, rows);
     const int64_t b = share.item / a.rows, row = share.item - b * a.rows;
