@@ -329,6 +329,7 @@ def texts(ops, rule: str, keyed: str, draws: int, length: int, num_drafts: int) 
     return out[:, :length].numpy()
 
 
+@pytest.mark.backends("cpu", "cuda")  # it tries how a right op is used, on 100,000 texts
 @pytest.mark.parametrize(
     "rule, keyed, right",
     [
