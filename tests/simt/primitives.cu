@@ -5,45 +5,19 @@
 #include <cstring>
 #include <numeric>
 
+#include "backend.h"
 #include "check.h"
 #include "core/cuda/async.cuh"
 
 using namespace fastdecode::FD_ISA;
 
+namespace {
+
 #if defined(__CUDACC__)
 constexpr unsigned kMaskOf30 = 0x3fffffffu;
-template <class T>
-struct Managed {
-  using value_type = T;
-  T* allocate(size_t n) {
-    void* p = nullptr;
-    if (cudaMallocManaged(&p, n * sizeof(T)) != cudaSuccess) throw std::bad_alloc();
-    return static_cast<T*>(p);
-  }
-  void deallocate(T* p, size_t) { cudaFree(p); }
-  bool operator==(const Managed&) const { return true; }
-  bool operator!=(const Managed&) const { return false; }
-};
-template <class T>
-using Buffer = std::vector<T, Managed<T>>;
-#define LAUNCH(...)                                                                                \
-  do {                                                                                             \
-    FD_LAUNCH(__VA_ARGS__);                                                                        \
-    CHECK_EQUAL(cudaGetErrorString(cudaDeviceSynchronize()), std::string("no error"), "a launch"); \
-  } while (false)
-void set_seed(uint64_t) {}
-void set_live_blocks(int) {}
 #else
-namespace simt = fastdecode::simt;
-void set_seed(uint64_t seed) { simt::config().seed = seed; }
-void set_live_blocks(int blocks) { simt::config().live_blocks = blocks; }
 constexpr unsigned kMaskOf30 = ~0u;  // lanes that the block never had are no part of it
-template <class T>
-using Buffer = std::vector<T>;
-#define LAUNCH(...) FD_LAUNCH(__VA_ARGS__)
 #endif
-
-namespace {
 
 // ---- indices ----
 

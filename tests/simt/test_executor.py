@@ -1,6 +1,7 @@
 """The host SIMT executor: its primitives against models, and wrong kernels that it must find, for the right reason.
 
-The kernels stand in primitives.cu and wrong.cu and are built by the host compiler.
+The kernels stand in primitives.cu and wrong.cu and are built by the host compiler. core.cu holds the pieces of
+csrc/core/cuda to models of their own.
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("simt_sanitized"), "-DSIMT_SANITIZE=ON")
 
 
-def check_primitives(programs: Path, seed: int) -> None:
-    ran = subprocess.run([programs / "primitives", str(seed)], capture_output=True, text=True)
+PROGRAMS = ("primitives", "core")
+
+
+def check_program(folder: Path, program: str, seed: int) -> None:
+    ran = subprocess.run([folder / program, str(seed)], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "0 failures\n", "")
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("seed", range(5))
-def test_primitives(plain, seed):
-    check_primitives(plain, seed)
+def test_programs(plain, seed, program):
+    check_program(plain, program, seed)
 
 
 # ---- wrong kernels ----
@@ -212,7 +217,7 @@ def test_launches_from_several_threads(library):
 @pytest.mark.slow
 def test_ucontext(tmp_path):
     programs = build(tmp_path, "-DSIMT_UCONTEXT=ON")
-    check_primitives(programs, 0)
+    check_program(programs, "primitives", 0)
     for case in REPORTS:
         for said in run(programs, case, right=False):
             assert re.fullmatch(REPORTS[case].replace("LINE", str(fault(case))), said), said
@@ -220,39 +225,42 @@ def test_ucontext(tmp_path):
         assert run(programs, case, right=True) == ["silent"] * SEEDS
 
 
-# ---- the same primitives by nvcc ----
+# ---- the same programs by nvcc ----
 
 
-def by_nvcc(directory: Path, architecture: str) -> Path:
+def by_nvcc(directory: Path, program: str, architecture: str) -> Path:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).exists():
         pytest.skip("there is no nvcc")
-    program = directory / "primitives"
-    command = [nvcc, "-std=c++17", f"-arch={architecture}", "-I", HERE.parents[1] / "csrc", HERE / "primitives.cu"]
-    subprocess.run([*command, "-Werror", "all-warnings", "-o", program], check=True)
-    return program
+    flags = ["-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", f"-arch={architecture}"]
+    source = ["-I", HERE.parents[1] / "csrc", HERE / f"{program}.cu"]
+    subprocess.run([nvcc, *flags, "-Werror", "all-warnings", *source, "-o", directory / program], check=True)
+    return directory
 
 
 @pytest.mark.slow
-def test_primitives_compile_for_a_gpu(tmp_path):
-    assert by_nvcc(tmp_path, "sm_90").exists()
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_compile_for_a_gpu(tmp_path, program):
+    assert (by_nvcc(tmp_path, program, "sm_90") / program).exists()
 
 
 @pytest.mark.gpu
-def test_primitives_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_on_a_gpu(tmp_path, program):
     """The models that the executor is held to are true of the GPU, and so is the PTX of core/cuda/async.cuh."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    check_primitives(by_nvcc(tmp_path, "native").parent, 0)
+    check_program(by_nvcc(tmp_path, program, "native"), program, 0)
 
 
 # ---- under sanitizers ----
 
 
 @pytest.mark.slow
-def test_primitives_under_sanitizers(sanitized):
-    check_primitives(sanitized, 0)
-    check_primitives(sanitized, 1)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_under_sanitizers(sanitized, program):
+    check_program(sanitized, program, 0)
+    check_program(sanitized, program, 1)
 
 
 @pytest.mark.slow
