@@ -21,7 +21,7 @@ from pathlib import Path
 HEAD = """# What nvcc makes of the kernels
 
 For {architectures}; made by `python -m bench.cuda_report <_C_cuda.so> --markdown docs/cuda-registers.md`, which needs
-no GPU. No kernel spills registers: the build stops where one would (`-Xptxas=-warn-spills`, warnings are errors).
+no GPU. No kernel spills registers: a build with `-DFASTDECODE_STRICT=ON`, as in CI, stops where one would.
 
 - *registers*: per thread. With 64 or fewer an SM of Hopper runs 1024 threads at once, with 128 or fewer 512.
 - *shared*: bytes of static shared memory per block, 1024 of them CUDA's own where there are any.
