@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import chain_law
+from backends import Backend
 from chain_law import EXACT, VISIBLE, Drafter, Target
 from fastdecode.testing import law_error, sequence_law, speculative_law
 from fastdecode.testing.reference import logits as penalty_reference
@@ -63,6 +64,11 @@ def drafter_for(target: Target, seed: int) -> Drafter:
     return Drafter(seed=1000 + seed, vocab_size=target.vocab_size)
 
 
+def shortest(backend: Backend) -> int:
+    """The number of drafts: the host executor takes milliseconds for a row under several filters."""
+    return 1 if backend.name == "simt" else 2
+
+
 @pytest.mark.thin
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -79,9 +85,11 @@ def test_law_with_draft_probs(ops, rule, length, name):
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("length", [1, 2, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_law_without_draft_probs(ops, rule, length, name):
+def test_law_without_draft_probs(backend, rule, length, name):
     """A deterministic draft: every single draft must give the target law by itself."""
-    target = TARGETS[name]
+    target, ops = TARGETS[name], backend.ops
+    if length == 3 and backend.name == "simt":
+        pytest.skip("10,000 rows, where lengths 1 and 2 show the same")
     if length == 3 and target.vocab_size > 3:
         pytest.skip("256 laws that lengths 1 and 2 have shown")
     drafter = drafter_for(target, length)
@@ -89,9 +97,10 @@ def test_law_without_draft_probs(ops, rule, length, name):
 
 
 @pytest.mark.parametrize("name", FILTERED)
-def test_coupled_law(ops, name):
-    target = TARGETS[name]
-    errors = chain_law.single_errors(ops.verify_chain, target, drafter_for(target, 2), rule="coupled")
+def test_coupled_law(backend, name):
+    target, length = TARGETS[name], shortest(backend)
+    drafter = drafter_for(target, 2)
+    errors = chain_law.single_errors(backend.ops.verify_chain, target, drafter, length=length, rule="coupled")
     assert max(errors) < EXACT
 
 
@@ -111,24 +120,28 @@ DRAFTERS = {
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("kind", ["probs", "logits", "all, joint"])
 @pytest.mark.parametrize("rule", [*RULES, "coupled"])
-def test_law_with_a_draft_vocabulary(ops, rule, kind, name):
+def test_law_with_a_draft_vocabulary(backend, rule, kind, name):
     """A draft without an image proposes nothing, but its mass counts: to skip it silently would bias the law."""
     target, drafter = TARGETS[kind], DRAFTERS[name]
+    verify, options = backend.ops.verify_chain, {"rule": rule, "length": shortest(backend)}
     if rule == "coupled" and kind == "probs":
         pytest.skip("coupled draws from logits")
     if rule != "coupled":
-        assert chain_law.speculative_error(ops.verify_chain, target, drafter, rule=rule) < EXACT
-    assert max(chain_law.single_errors(ops.verify_chain, target, drafter, rule=rule)) < EXACT
+        assert chain_law.speculative_error(verify, target, drafter, **options) < EXACT
+    assert max(chain_law.single_errors(verify, target, drafter, **options)) < EXACT
 
 
 @pytest.mark.thin
 @pytest.mark.parametrize("kind", ["probs", "logits", "bitmask", "bitmask per row", "all", "all, joint"])
 @pytest.mark.parametrize("rule", RULES)
-def test_law_of_flat_rows(ops, rule, kind):
-    target = TARGETS[kind]
+def test_law_of_flat_rows(backend, rule, kind):
+    target, ops = TARGETS[kind], backend.ops
     drafter = drafter_for(target, 2)
     lens = lambda x: 1 if x[0] == 2 else 2  # noqa: E731
-    assert chain_law.speculative_error(ops.verify_chain, target, drafter, rule=rule, flat=True) < EXACT
+    whole = {"rule": rule, "flat": True, "length": shortest(backend)}
+    assert chain_law.speculative_error(ops.verify_chain, target, drafter, **whole) < EXACT
+    if backend.name == "simt" and kind.startswith("all"):
+        return  # what follows has two drafts, and all filters for each
     assert chain_law.speculative_error(ops.verify_chain, target, drafter, rule=rule, flat=True, lens=lens) < EXACT
     mapped = DRAFTERS["ids without image"]
     assert chain_law.speculative_error(ops.verify_chain, target, mapped, rule=rule, flat=True) < EXACT
@@ -164,8 +177,11 @@ class Penalized(Target):
 @pytest.mark.thin
 @pytest.mark.parametrize("length", [1, 2, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_law_of_penalized_rows(ops, rule, length):
+def test_law_of_penalized_rows(backend, rule, length):
     """Through `penalize`, over raw logits."""
+    ops = backend.ops
+    if length == 3 and backend.name == "simt":
+        pytest.skip("a minute, where lengths 1 and 2 show the same")
     target, drafter = Penalized(seed=17, filters={"temperature": 0.9, "top_p": 0.95}), Drafter(seed=1017)
     drafts, prefixes = chain_law.proposals(target, drafter, length)
 
@@ -183,10 +199,10 @@ def test_law_of_penalized_rows(ops, rule, length):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_block_keeps_at_least_as_many_drafts_as_ratio(ops, seed):
+def test_block_keeps_at_least_as_many_drafts_as_ratio(backend, seed):
     """In expectation, and strictly more where it may look ahead; with one draft the two are one rule."""
-    for length in (1, 2, 3):
-        pair = (ops.verify_chain, Target(seed=seed), Drafter(seed=50 + seed))
+    for length in (1, 2) if backend.name == "simt" else (1, 2, 3):
+        pair = (backend.ops.verify_chain, Target(seed=seed), Drafter(seed=50 + seed))
         ratio = chain_law.expected_accepted(*pair, length=length)
         block = chain_law.expected_accepted(*pair, length=length, rule="block")
         assert block > ratio + 1e-4 if length > 1 else abs(block - ratio) < EXACT
