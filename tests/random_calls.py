@@ -389,7 +389,13 @@ def typical_rows() -> dict[str, Any]:
     return {"logits": hostile(16, 3000, F32, seed=5, broken=False), "typical_p": 0.5}
 
 
+def many_rows() -> dict[str, Any]:
+    """Rows enough that none is cut into parts, of several tiles each."""
+    return {"logits": hostile(64, 9000, F32, seed=6, broken=False)}
+
+
 TELLING: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
+    "row_stats": (many_rows,),
     "target_probs": (typical_rows,),
     "topk_logits": (counts_to_confuse,),
     "verify_chain": (sum_in_order,),

@@ -38,8 +38,8 @@ SECONDS = 20  # for one call, which takes milliseconds: more is a loop without e
 KEPT = {
     ("csrc/core/cuda/law.cuh", "the true maximum is written"): "thread 0, which writes next, is the one that wrote it",
     ("csrc/sample/token_logprobs_cuda.cu", "kept_distance has read the bits"): "keep_top counts before it changes them",
-    ("csrc/verify/verify_chain.cuh", "the row is empty"): "the vote of the loop below is a barrier too",
-    ("csrc/verify/verify_chain.cuh", "the row is written"): "the loop ends with a vote; needed where it does not begin",
+    ("csrc/verify/verify_chain.cuh", "next has been read"): "who reads it too late adds in the next round",
+    ("csrc/verify/verify_chain.cuh", "next is free, last and the row are written"): "needed; no call shows it yet",
 }
 ROOT = Path(__file__).parents[2]
 Call = tuple[str, int]  # op, seed of random_calls
