@@ -1,37 +1,11 @@
-#include "sample/penalize.h"
-
 #include <limits>
 
 #include "core/dtype.h"
 #include "core/rows.h"
+#include "sample/penalties.h"
 
 namespace fastdecode::FD_ISA {
 namespace {
-
-template <class C>
-struct Penalties {
-  C repetition, presence, frequency;
-
-  bool any() const { return repetition != C(1) || presence != C(0) || frequency != C(0); }  // NaN counts
-
-  // count: how often the output holds the id; the text holds it at least once.
-  C apply(C x, int32_t count) const {
-    if (x == -std::numeric_limits<C>::infinity()) return x;
-    x = x > C(0) ? x / repetition : x * repetition;
-    if (count == 0) return x;
-    x = x - frequency * static_cast<C>(count);
-    return x - presence;
-  }
-};
-
-template <class C>
-Penalties<C> penalties_of(const PenalizeArgs& a, int64_t b) {
-  Penalties<C> p{1, 0, 0};
-  if (a.repetition && !(a.repetition[b] <= 0.0f)) p.repetition = static_cast<C>(a.repetition[b]);
-  if (a.presence) p.presence = static_cast<C>(a.presence[b]);
-  if (a.frequency) p.frequency = static_cast<C>(a.frequency[b]);
-  return p;
-}
 
 // The ids of one request's text and how often its output holds each. `mark` has a slot per id of the vocabulary, and
 // only the slots of ids that begin() was shown hold anything: 0 = not in the text, n + 1 = n times in the output.

@@ -5,7 +5,7 @@
 #include "core/cuda/device.cuh"
 #include "core/cuda/vector.cuh"
 #include "core/dtype.h"
-#include "sample/penalize.h"
+#include "sample/penalties.h"
 
 // Three launches. The first copies the logits and clears the counts of those ids that the text holds, no others. The
 // second counts. The third overwrites, for every token of the text, the logit of its id: tokens of one id do the same
@@ -19,31 +19,6 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 // A count is how often the output holds an id. This bit says that drafts hold it too: how often depends on the row.
 constexpr uint32_t kDrafted = 0x80000000u;
-
-template <class C>
-struct Penalties {
-  C repetition, presence, frequency;
-
-  __device__ bool any() const { return repetition != C(1) || presence != C(0) || frequency != C(0); }  // NaN counts
-
-  // count: how often the output holds the id; the text holds it at least once.
-  __device__ C apply(C x, int32_t count) const {
-    if (x == -std::numeric_limits<C>::infinity()) return x;
-    x = x > C(0) ? x / repetition : x * repetition;
-    if (count == 0) return x;
-    x = x - frequency * static_cast<C>(count);
-    return x - presence;
-  }
-};
-
-template <class C>
-__device__ Penalties<C> penalties_of(const PenalizeArgs& a, int64_t b) {
-  Penalties<C> p{1, 0, 0};
-  if (a.repetition && !(a.repetition[b] <= 0.0f)) p.repetition = static_cast<C>(a.repetition[b]);
-  if (a.presence) p.presence = static_cast<C>(a.presence[b]);
-  if (a.frequency) p.frequency = static_cast<C>(a.frequency[b]);
-  return p;
-}
 
 struct Request {
   bool active, good;  // good: its lengths are in range

@@ -82,4 +82,55 @@ __device__ inline double sum_tiles(const double* tiles, int n) {
   return sum;
 }
 
+inline constexpr int kWord = 32;  // ids per word of `kept`
+FD_HD inline int64_t num_words(int64_t vocab_size) { return (vocab_size + kWord - 1) / kWord; }
+
+// First and past-the-last id of part `part` of `parts`: whole tiles.
+struct Span {
+  int begin, end;
+};
+__device__ inline Span part_of(int vocab_size, int part, int parts) {
+  const int64_t tiles = num_tiles(vocab_size), last = tiles * (part + 1) / parts * kTile;
+  return {static_cast<int>(tiles * part / parts * kTile), last < vocab_size ? static_cast<int>(last) : vocab_size};
+}
+
+// Whether any of the tile's ids is kept; the same for all threads of the warp.
+__device__ inline bool keeps_any(const uint32_t* kept, int vocab_size, int tile) {
+  constexpr int kWordsPerTile = static_cast<int>(kTile) / kWord;
+  const int words = static_cast<int>(num_words(vocab_size));
+  uint32_t any = 0;
+  for (int w = tile * kWordsPerTile + lane_id(); w < (tile + 1) * kWordsPerTile && w < words; w += kWarp)
+    any |= kept[w];
+  return __any_sync(kAllLanes, any != 0) != 0;
+}
+
+// Sums of part `part` of `parts` of the row's tiles. value(v, out) gives as many elements from v on as `out` has,
+// zeros beyond the row; it is not asked about tiles of which `kept` (nullptr = all) keeps no id.
+template <class E, class C, class ValueOf>
+__device__ inline void sum_part(int vocab_size, const uint32_t* kept, double* tile_sums, int part, int parts,
+                                const ValueOf& value) {
+  const auto tiles = static_cast<int>(num_tiles(vocab_size));
+  const auto end = static_cast<int>(int64_t{tiles} * (part + 1) / parts);
+  for (int t = static_cast<int>(int64_t{tiles} * part / parts) + warp_id(); t < end; t += kWarps) {
+    C sum = 0;
+    if (!kept || keeps_any(kept, vocab_size, t)) sum = tile_sum<E, C>(t * static_cast<int>(kTile), vocab_size, value);
+    if (lane_id() == 0) tile_sums[t] = static_cast<double>(sum);
+  }
+}
+
+// The tiles' sums added up, for all threads, once all of them are written.
+__device__ inline double add_tiles(BlockSlots& slots, const double* tile_sums, int vocab_size) {
+  double sum = 0;
+  if (threadIdx.x == 0) sum = sum_tiles(tile_sums, static_cast<int>(num_tiles(vocab_size)));
+  return block_broadcast(slots, threadIdx.x == 0, sum);
+}
+
+template <class E, class C, class ValueOf>
+__device__ inline double sum_row(BlockSlots& slots, int vocab_size, const uint32_t* kept, double* tile_sums,
+                                 const ValueOf& value) {
+  sum_part<E, C>(vocab_size, kept, tile_sums, 0, 1, value);
+  __syncthreads();  // the tiles' sums are written
+  return add_tiles(slots, tile_sums, vocab_size);
+}
+
 }  // namespace fastdecode::FD_ISA
