@@ -36,7 +36,7 @@ MOST_CALLS = 40  # per barrier
 SECONDS = 20  # for one call, which takes milliseconds: more is a loop without end
 # Barriers that no result can depend on, by file and what is written beside them, and why.
 KEPT = {
-    ("csrc/core/cuda/law.cuh", "the true maximum is written"): "thread 0, which writes next, is the one that wrote it",
+    ("csrc/core/cuda/scan.cuh", "the true maximum is written"): "thread 0, which writes next, is the one that wrote it",
     ("csrc/sample/token_logprobs_cuda.cu", "kept_distance has read the bits"): "keep_top counts before it changes them",
     ("csrc/verify/verify_chain.cuh", "next has been read"): "who reads it too late adds in the next round",
     ("csrc/verify/verify_chain.cuh", "next is free, last and the row are written"): "needed; no call shows it yet",
