@@ -7,8 +7,8 @@
 #   bench/gpu_check.sh [stage ...]      default: all three, in this order
 #
 # Results go to $OUT, or else to bench/results. Exit code: 0, or the number of the stage that failed (1, 2, 3); 4 without
-# a GPU; 64 for another stage. Needs nvcc, g++ >= 12, CMake, and python (or $PYTHON) with torch for CUDA, pybind11 and
-# what the tests need; nothing is installed or downloaded.
+# a GPU; 64 for another stage; 65 without torch. Needs nvcc, g++ >= 12, CMake, and python (or $PYTHON) with torch for
+# CUDA, pybind11 and what the tests need; nothing is installed or downloaded.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -84,7 +84,11 @@ for stage in "$@"; do
     *) say "stage: expected test, bench or sanitize, got $stage" && exit 64 ;;
   esac
 done
-"$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2> /dev/null || {
+"$PYTHON" -c "import torch" || {
+  say "$PYTHON cannot import torch"
+  exit 65
+}
+"$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
   say "there is no GPU that torch can use"
   exit 4
 }

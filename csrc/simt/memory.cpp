@@ -69,8 +69,8 @@ void check_red_zones(const Block& block) {
     const std::byte* const end = block.arena + piece.offset + piece.bytes;
     const auto written = std::find_if(end, end + kRedZone, [](std::byte b) { return b != std::byte{kUntouched}; });
     if (written != end + kRedZone) {
-      fault("out of bounds: its block has written ", written - end, " bytes behind the end of a ", piece.bytes,
-            "-byte object in shared memory; AddressSanitizer will name the line");
+      fault("out of bounds: a thread of its block has written byte ", piece.bytes + (written - end), " of a ",
+            piece.bytes, "-byte object in shared memory; AddressSanitizer will name thread and line");
     }
   }
 }
