@@ -384,6 +384,30 @@ def sum_in_order() -> dict[str, Any]:
     }
 
 
+def none_lost() -> dict[str, Any]:
+    """300 draft ids of one meaning again, of equal mass, a little more than the target has there: were one of them
+    passed over, the target would have more, and its id be drawn."""
+    mass = 2.0**-25
+    return {
+        "draft_tokens": torch.zeros(2, 1, dtype=I64),
+        "draft_probs": torch.full((2, 1, 300), mass),
+        "draft_to_target": torch.zeros(300, dtype=I64),
+        "target_probs": torch.tensor([300 * mass * (1 - 2.0**-10), 2.0**-40]).expand(2, 2, 2),
+        "uniforms": torch.tensor([[0.9999999, 0.5]] * 2, dtype=torch.float64),
+        "rule": "ratio",
+    }
+
+
+def many_drafts() -> dict[str, Any]:
+    """More drafts than are read at once, nearly all of them accepted, and each another token."""
+    drafts = torch.arange(130).expand(6, 130) % 7
+    likely = torch.nn.functional.one_hot(torch.cat([drafts, drafts[:, :1]], 1), 7) * 0.993 + 0.001
+    return {"draft_tokens": drafts.clone(), "target_probs": likely.float(), "rule": "ratio"} | {
+        "seed": torch.arange(6) + 40,
+        "offset": torch.arange(6),
+    }
+
+
 def typical_rows() -> dict[str, Any]:
     """Every thread needs the sum of each row before anyone adds up the next one."""
     return {"logits": hostile(16, 3000, F32, seed=5, broken=False), "typical_p": 0.5}
@@ -398,7 +422,7 @@ TELLING: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
     "row_stats": (many_rows,),
     "target_probs": (typical_rows,),
     "topk_logits": (counts_to_confuse,),
-    "verify_chain": (sum_in_order,),
+    "verify_chain": (sum_in_order, none_lost, many_drafts),
 }
 CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "apply_token_bitmask_": apply_token_bitmask_,

@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>)
         auto logprob_of = [&](C distance) { return static_cast<C>(-(static_cast<double>(distance) + log_sum)); };
         if (token != -1) logprob = inside ? logprob_of(law.kept_distance(static_cast<int>(token))) : -kInf<C>;
         if (a.top == 0) return;
-        __syncthreads();  // kept_distance has read the bits
         law.keep_top(a.top);
         const Entry<C>* entry = nearest_first(law, spill, count);
         for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {

@@ -164,12 +164,11 @@ struct ChainRows {
       });
       if (!__syncthreads_or(any)) break;  // and the next of every id is known
       for_mapped([&](int d, int64_t x) {
-        if (next[x] != d) return;
+        if (next[x] != d) return;  // others may read it late: it is never their number
         mapped[x] += static_cast<C>(row.same ? load(row.same[d]) : row.wide[d]);
         last[x] = d;
+        next[x] = ids;
       });
-      __syncthreads();  // next has been read
-      for_mapped([&](int, int64_t x) { next[x] = ids; });
       __syncthreads();  // next is free, last and the row are written
     }
     return {nullptr, mapped, -1};

@@ -5,7 +5,7 @@
 needs _C_simt. For every __syncthreads and __syncwarp that the random calls reach, the executor makes that one do
 nothing, and the calls run under one seed after the other until a result differs from the CPU's, the executor reports a
 fault, or the process dies. Prints where each barrier was caught; one that no seed catches is redundant, or our calls do
-not reach what it is for: exit code 1, unless KEPT says why it stays.
+not reach what it is for: exit code 1.
 
 A barrier is a line of the source, whatever templates it is compiled into.
 """
@@ -34,14 +34,6 @@ from support import same_bits
 CALLS = 200  # of each op, from which those that reach a barrier are taken
 MOST_CALLS = 40  # per barrier
 SECONDS = 20  # for one call, which takes milliseconds: more is a loop without end
-# Barriers that no result can depend on, by file and what is written beside them, and why.
-KEPT = {
-    ("csrc/core/cuda/scan.cuh", "the true maximum is written"): "thread 0, which writes next, is the one that wrote it",
-    ("csrc/sample/token_logprobs_cuda.cu", "kept_distance has read the bits"): "keep_top counts before it changes them",
-    ("csrc/verify/verify_chain.cuh", "next has been read"): "who reads it too late adds in the next round",
-    ("csrc/verify/verify_chain.cuh", "next is free, last and the row are written"): "needed; no call shows it yet",
-}
-ROOT = Path(__file__).parents[2]
 Call = tuple[str, int]  # op, seed of random_calls
 
 
@@ -50,11 +42,6 @@ class Barrier:
     site: str  # file:line
     kind: str
     calls: list[Call] = field(default_factory=list)
-
-    def key(self) -> tuple[str, str]:
-        """As in KEPT."""
-        path, line = ("csrc/" + self.site.split("csrc/")[-1]).split(":")
-        return path, (ROOT / path).read_text().splitlines()[int(line) - 1].partition("//")[2].strip()
 
 
 class Executor:
@@ -178,17 +165,12 @@ def main() -> int:
     for site, barrier in barriers.items():
         start = time.monotonic()
         found = verdict(executor, barrier, arguments.seeds)
-        if (reason := KEPT.get(barrier.key())) is not None:
-            found = f"kept: {reason}" if found == "survived" else f"in KEPT, but {found}"
         ops = ", ".join(sorted({call[0] for call in barrier.calls}))
         print(f"{site:<{width}}  {barrier.kind:<20} {found} ({time.monotonic() - start:.1f} s; {ops})", flush=True)
-        if not found.startswith(("caught", "kept")):
+        if not found.startswith("caught"):
             survivors.append(site)
     print(f"{len(barriers)} barriers, {len(survivors)} survived: {', '.join(survivors) or 'none'}")
-    gone = [] if arguments.only else [key for key in KEPT if key not in {b.key() for b in barriers.values()}]
-    for path, text in gone:
-        print(f"in KEPT, but not in the sources or not reached: {path}: {text}")
-    return 1 if survivors or gone else 0
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

@@ -110,9 +110,8 @@ __device__ inline void scan_row(const T* logits, int vocab_size, const RowFilter
   if (!m.values) return scan_blocks(logits, begin, end, m.block_max);
   const bool bad = edit(logits, f, begin, end, m.values);
   scan_blocks(m.values, begin, end, m.block_max);
-  if (!bad) return;
-  __syncthreads();  // the true maximum is written
-  if (threadIdx.x == 0 && begin < end) m.block_max[begin / kBlock] = kInf<C>;
+  // thread 0 has written the block's true maximum itself
+  if (bad && threadIdx.x == 0 && begin < end) m.block_max[begin / kBlock] = kInf<C>;
 }
 
 }  // namespace fastdecode::FD_ISA
