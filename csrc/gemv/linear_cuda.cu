@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(LinearArgs a) {
 template <class C, int kRowsPerWarp>
 void launch(const LinearArgs& a, const Exec& ex) {
   const int64_t groups = (a.M + kWarps * kRowsPerWarp - 1) / (kWarps * kRowsPerWarp);
-  const auto blocks = static_cast<unsigned>(groups * ((a.N + kColumns - 1) / kColumns));
+  const unsigned blocks = grid_of(groups * ((a.N + kColumns - 1) / kColumns));
   FD_LAUNCH((linear_kernel<C, kRowsPerWarp>), blocks, kThreads, 0, ex.stream, a);
 }
 

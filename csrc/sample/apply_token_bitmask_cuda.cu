@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // of 16 bytes, per thread
-constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 template <class T>
 using Bits = std::remove_const_t<decltype(kMinusInfinity<T>)>;
@@ -71,7 +70,7 @@ void run(const ApplyTokenBitmaskArgs& a, const Exec& ex) {
     Bits<T> e[kPerVector<T>];
   } all;
   std::fill_n(all.e, kPerVector<T>, kMinusInfinity<T>);
-  const auto blocks = static_cast<unsigned>(std::min(masks * parts, kMaxBlocks));
+  const unsigned blocks = capped_grid(masks * parts);
   FD_LAUNCH((apply_token_bitmask_kernel<T>), blocks, kThreads, 0, ex.stream, a, masks, parts, bit_cast<uint4>(all));
 }
 

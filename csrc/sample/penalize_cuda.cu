@@ -14,8 +14,7 @@ namespace fastdecode::FD_ISA {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 2048 / kThreads;
-constexpr int64_t kMaxBlocks = 0x7fffffff;
+constexpr int kBlocksAtOnce = 2048 / kThreads;
 
 // A count is how often the output holds an id. This bit says that drafts hold it too: how often depends on the row.
 constexpr uint32_t kDrafted = 0x80000000u;
@@ -151,12 +150,10 @@ __global__ void __launch_bounds__(kThreads, 4) penalize_apply_kernel(PenalizeArg
   }
 }
 
-unsigned capped_grid(int64_t blocks) { return static_cast<unsigned>(std::min(blocks, kMaxBlocks)); }
-
 // Blocks to share `items` texts: one token per thread, as far as the device runs so many blocks at once.
 Work text_work(const PenalizeArgs& a, int64_t items, const Exec& ex) {
   const int64_t most = (a.max_length + a.rows + kThreads - 1) / kThreads;
-  const int64_t fitting = items == 0 ? 1 : int64_t{ex.num_sms} * kBlocksPerSm / items;
+  const int64_t fitting = items == 0 ? 1 : int64_t{ex.num_sms} * kBlocksAtOnce / items;
   return {items, static_cast<int>(std::max<int64_t>(1, std::min(most, fitting)))};
 }
 

@@ -42,10 +42,9 @@ class Tile {
   using Shape = TileShape<T>;
 
   __device__ Tile(const T* x, int start, int vocab_size) : x_(x), start_(start), V_(vocab_size) {
-    // decided once, so that the loads of a whole tile stand side by side
-    whole_ = start + static_cast<int>(kTile) <= vocab_size && is_aligned<16>(x + start);
     if constexpr (kHeld) {
-      if (whole_) {
+      // decided once, so that the loads of a whole tile stand side by side
+      if (start + static_cast<int>(kTile) <= vocab_size && is_aligned<16>(x + start)) {
         for_vectors([&](int i, int q) { read_aligned(x_ + id(i, q), held_[i][q]); });
       } else {
         for_vectors([&](int i, int q) { read(x_, id(i, q), V_, -kInf<C>, held_[i][q]); });
@@ -82,7 +81,6 @@ class Tile {
 
   const T* x_;
   int start_, V_;
-  bool whole_;
   C held_[kHeld ? Shape::kSteps : 1][Shape::kVectors][Shape::kPer];
 };
 
@@ -194,22 +192,20 @@ __device__ void clear(const RowStatsArgs& a, int64_t r) {
 template <class T, class C = Compute<T>>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) tiles_kernel(RowStatsArgs a, int parts) {
   FD_SHARED(JoinShared, s);
-  const int64_t r = blockIdx.x / parts, part = blockIdx.x % parts, b = r / a.rows;
+  const int64_t r = blockIdx.x / parts, b = r / a.rows;
   const auto V = static_cast<int>(a.vocab_size);
   if (a.active && !a.active[b]) {
     if (parts == 1 && threadIdx.x == 0) clear<C>(a, r);
     return;
   }
   const T* const x = static_cast<const T*>(a.logits) + b * a.batch_stride + r % a.rows * a.row_stride;
-  const int64_t count = num_tiles(V);
-  TileStats* const tiles = static_cast<TileStats*>(a.scratch) + r * count;
-  const auto end = static_cast<int>(count * (part + 1) / parts);
+  TileStats* const tiles = static_cast<TileStats*>(a.scratch) + r * num_tiles(V);
   double before = -kInf<double>;
-  for (int t = static_cast<int>(count * part / parts) + warp_id(); t < end; t += kWarps) {
+  for_tiles(V, static_cast<int>(blockIdx.x % parts), parts, [&](int t) {
     const TileStats stats = tile_stats(x, t * static_cast<int>(kTile), V, before);
     before = larger(before, stats.max);
     if (lane_id() == 0) tiles[t] = stats;
-  }
+  });
   if (parts > 1) return;
   __syncthreads();  // the tiles are written
   join<C>(a, r, tiles, s);

@@ -32,10 +32,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) sample_kernel(Sampl
 
 // Few rows and nothing but a temperature: the race itself is cut into parts, after the scan. Their leaders stand behind
 // the rows' memory.
-FD_HD RacePart* race_parts(const LogitRows& rows) {
-  return reinterpret_cast<RacePart*>(rows.scratch + rows.num_rows * rows.row_bytes);
-}
-
 template <class T, class C = Compute<T>>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(SampleArgs a, LogitRows rows, int parts) {
   FD_SHARED(LawShared<C>, s);
@@ -46,12 +42,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(SampleA
   const Span span = part_of(V, part, parts);
   const Draw random = draw_of(a, b);
   Leader<C> leader;
-  const int32_t status = with_law(view.logits, V, view.filter, view.memory, s, [&](auto& law) {
-    const Leader<C> mine = race(law, random.noise, first_leader(law, random.noise), span.begin, span.end);
-    leader = join_leaders(s.slots, mine);
-  });
+  const int32_t status = with_law(view.logits, V, view.filter, view.memory, s,
+                                  [&](auto& law) { leader = join_leaders(s.slots, race(law, random.noise, span)); });
   if (threadIdx.x != 0) return;
-  race_parts(rows)[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, false};
+  rows.behind<RacePart>()[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, false};
   if (part == 0) a.status[b] = status;
 }
 
@@ -63,13 +57,13 @@ __global__ void __launch_bounds__(kThreads) race_end_kernel(SampleArgs a, LogitR
   const int32_t status = active ? a.status[b] : 0;
   int64_t token = -1;
   bool bad;
-  if (active && status == 0) token = join_parts(slots, race_parts(rows) + b * parts, parts, bad);
+  if (active && status == 0) token = join_parts(slots, rows.behind<RacePart>() + b * parts, parts, bad);
   if (threadIdx.x != 0) return;
   a.tokens[b] = token;
   a.status[b] = status;
 }
 
-LogitRows rows_of(const SampleArgs& a) { return logit_rows(a, a.logits, a.filters, nullptr, a.batch, 1, 0); }
+LogitRows rows_of(const SampleArgs& a) { return logit_rows(a, a.filters, nullptr, a.batch, 1, 0); }
 
 bool races_in_parts(const SampleArgs& a, int parts) {
   return parts > 1 && a.random.seed && !may_cut(a.filters) && !may_edit(a.filters);
@@ -96,7 +90,7 @@ int64_t fastdecode::cuda::sample_scratch_bytes(const SampleArgs& a, const Exec& 
   const FD_ISA::LogitRows rows = FD_ISA::rows_of(a);
   const int parts = FD_ISA::num_row_parts(a.batch, a.vocab_size, ex);
   const int64_t leaders = FD_ISA::races_in_parts(a, parts) ? a.batch * parts : 0;
-  return rows.num_rows * rows.row_bytes + leaders * static_cast<int64_t>(sizeof(FD_ISA::RacePart));
+  return rows.bytes() + leaders * static_cast<int64_t>(sizeof(FD_ISA::RacePart));
 }
 
 void fastdecode::cuda::sample(const SampleArgs& a, const Exec& ex) {

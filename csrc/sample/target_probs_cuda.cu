@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>)
 int64_t num_rows(const TargetProbsArgs& a) { return a.row_start ? a.rows : a.batch * a.rows; }
 
 LogitRows rows_of(const TargetProbsArgs& a) {
-  return logit_rows(a, a.logits, a.filters, a.row_start, num_rows(a), a.rows, a.row_stride);
+  return logit_rows(a, a.filters, a.row_start, num_rows(a), a.rows, a.row_stride);
 }
 
 template <class T>
@@ -60,7 +60,7 @@ void run(const TargetProbsArgs& a, const Exec& ex) {
 
 int64_t fastdecode::cuda::target_probs_scratch_bytes(const TargetProbsArgs& a, const Exec&) {
   const FD_ISA::LogitRows rows = FD_ISA::rows_of(a);
-  return rows.num_rows * rows.row_bytes;
+  return rows.bytes();
 }
 
 void fastdecode::cuda::target_probs(const TargetProbsArgs& a, const Exec& ex) {

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>)
     const bool inside = token >= 0 && token < V;
     if (token != -1 || a.top > 0) {
       scan_if_alone(view, V, parts);
-      auto* const spill = reinterpret_cast<Entry<C>*>(rows.scratch + rows.num_rows * rows.row_bytes) + r * a.top;
+      auto* const spill = rows.behind<Entry<C>>() + r * a.top;
       status = with_law(view.logits, V, view.filter, view.memory, s, [&](auto& law) {
         law.normalise(weighed);
         const double log_sum = log_(law.sum());
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>)
 int64_t num_rows(const TokenLogprobsArgs& a) { return a.row_start ? a.rows : a.batch * a.rows; }
 
 LogitRows rows_of(const TokenLogprobsArgs& a) {
-  return logit_rows(a, a.logits, a.filters, a.row_start, num_rows(a), a.rows, a.row_stride);
+  return logit_rows(a, a.filters, a.row_start, num_rows(a), a.rows, a.row_stride);
 }
 
 template <class T>
@@ -71,7 +71,7 @@ void run(const TokenLogprobsArgs& a, const Exec& ex) {
 
 int64_t fastdecode::cuda::token_logprobs_scratch_bytes(const TokenLogprobsArgs& a, const Exec&) {
   const FD_ISA::LogitRows rows = FD_ISA::rows_of(a);
-  return rows.num_rows * rows.row_bytes + FD_ISA::entry_bytes(rows.num_rows, a.top, a.dtype);
+  return rows.bytes() + FD_ISA::entry_bytes(rows.num_rows, a.top, a.dtype);
 }
 
 void fastdecode::cuda::token_logprobs(const TokenLogprobsArgs& a, const Exec& ex) {

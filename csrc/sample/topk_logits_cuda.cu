@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) topk_kernel(TopkLog
   int count = 0;
   if (view.live) {
     scan_if_alone(view, V, parts);
-    auto* const spill = reinterpret_cast<Entry<C>*>(rows.scratch + rows.num_rows * rows.row_bytes) + r * a.k;
+    auto* const spill = rows.behind<Entry<C>>() + r * a.k;
     status = with_law(view.logits, V, RowFilter{}, view.memory, s, [&](auto& law) {
       law.keep_top(a.k);
       const Entry<C>* entry = nearest_first(law, spill, count);
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) topk_kernel(TopkLog
 }
 
 LogitRows rows_of(const TopkLogitsArgs& a) {
-  return logit_rows(a, a.logits, FilterArgs{}, nullptr, a.batch * a.rows, a.rows, a.row_stride);
+  return logit_rows(a, FilterArgs{}, nullptr, a.batch * a.rows, a.rows, a.row_stride);
 }
 
 template <class T>
@@ -52,7 +52,7 @@ void run(const TopkLogitsArgs& a, const Exec& ex) {
 
 int64_t fastdecode::cuda::topk_logits_scratch_bytes(const TopkLogitsArgs& a, const Exec&) {
   const FD_ISA::LogitRows rows = FD_ISA::rows_of(a);
-  return rows.num_rows * rows.row_bytes + FD_ISA::entry_bytes(rows.num_rows, a.k, a.dtype);
+  return rows.bytes() + FD_ISA::entry_bytes(rows.num_rows, a.k, a.dtype);
 }
 
 void fastdecode::cuda::topk_logits(const TopkLogitsArgs& a, const Exec& ex) {

@@ -17,6 +17,6 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(CommitArgs a) {
 
 void fastdecode::cuda::commit(const CommitArgs& a, const Exec& ex) {
   if (a.batch == 0) return;
-  const auto blocks = static_cast<unsigned>((a.batch + FD_ISA::kThreads - 1) / FD_ISA::kThreads);
+  const unsigned blocks = FD_ISA::grid_of((a.batch + FD_ISA::kThreads - 1) / FD_ISA::kThreads);
   FD_LAUNCH(FD_ISA::commit_kernel, blocks, FD_ISA::kThreads, 0, ex.stream, a);
 }

@@ -223,9 +223,7 @@ __device__ inline auto residual_of_probs(const T* row, int vocab_size, C factor,
   return [=, &bad](int v, auto& out) {
     read(row, v, vocab_size, C(0), out);
     constexpr int kCount = sizeof(out) / sizeof(C);
-    const int left = vocab_size - v;
-    const uint32_t inside = (uint32_t{1} << (left < 0 ? 0 : left < kCount ? left : kCount)) - 1;
-    take_away(v, inside, vocab_size, factor, draft, bad, out);
+    take_away(v, bits_inside<kCount>(v, vocab_size), vocab_size, factor, draft, bad, out);
   };
 }
 

@@ -25,9 +25,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_row_kernel(Cha
   const Span span = part_of(V, static_cast<int>(blockIdx.x % parts), parts);
   const Noise noise = rows.noise(view.b, kStreamToken, 0, view.row);
   Leader<C> leader;
-  with_law(view.logits, V, view.filter, view.memory, s, [&](const auto& law) {
-    leader = join_leaders(s.slots, race(law, noise, first_leader(law, noise), span.begin, span.end));
-  });
+  with_law(view.logits, V, view.filter, view.memory, s,
+           [&](const auto& law) { leader = join_leaders(s.slots, race(law, noise, span)); });
   if (threadIdx.x == 0) rows.race_parts()[blockIdx.x] = {static_cast<double>(leader.best), leader.winner, false};
 }
 
@@ -173,9 +172,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) leave_kernel(ChainR
 template <class T, class C, class ValueOf>
 __device__ int64_t draw_weights(LawShared<C>& s, int vocab_size, const uint32_t* kept, double* tile_sums, const Draw& d,
                                 const ValueOf& value) {
-  if (!d.has_uniform) return join_leaders(s.slots, race_weights<C>(value, d.noise, 0, vocab_size)).winner;
+  if (!d.has_uniform) return join_leaders(s.slots, race_weights<C>(value, d.noise, {0, vocab_size})).winner;
   const double sum = sum_row<T, C>(s.slots, vocab_size, kept, tile_sums, value);
   return sum > 0 ? inverse_cdf<C>(s, vocab_size, tile_sums, sum, d.uniform, value) : -1;
+}
+
+// The last row has a noise of its own.
+__device__ Noise last_noise(const ChainRows& rows, int64_t b, const Walk& walk) {
+  return rows.noise(b, walk.row == rows.len(b) ? kStreamBonus : kStreamResidual, walk.row, 0);
 }
 
 // From rows of logits.
@@ -184,16 +188,13 @@ __device__ int64_t draw_last(const ChainRows& rows, int64_t b, const Walk& walk,
                              int32_t& status) {
   const VerifyChainArgs& a = rows.a;
   using Row = typename L::Row;
-  const Draw residual = rows.draw_at(b, a.K, rows.noise(b, kStreamResidual, walk.row, 0));
-  const Draw bonus = rows.draw_at(b, a.K, rows.noise(b, kStreamBonus, walk.row, 0));
-  if (walk.last == Last::kBonus) return draw(law, bonus);
+  const Draw d = rows.draw_at(b, a.K, last_noise(rows, b, walk));
+  if (walk.last == Last::kBonus) return draw(law, d);
   if (walk.last == Last::kLossy) {
     const int mode = law.mode();
     if (a.rule != kRuleTypical || a.bonus != kBonusSample) return mode;
     law.normalise();
     const double least = typical_threshold(a, b, law.entropy());
-    // the last row has a noise of its own
-    const Draw& d = walk.row == rows.len(b) ? bonus : residual;
     return draw_weights<Row, C>(law.s, law.V, law.kept(), law.m.tile_sum, d, [&](int v, auto& out) {
       law.weights(v, out);
       int id = v;
@@ -206,12 +207,12 @@ __device__ int64_t draw_last(const ChainRows& rows, int64_t b, const Walk& walk,
   }
   bool bad = false;
   const DraftRow<T, C> draft = rows.draft_of<T, C>(b, walk.row, buffer);
-  const int64_t token = draw_weights<Row, C>(law.s, law.V, law.kept(), law.m.tile_sum, residual,
+  const int64_t token = draw_weights<Row, C>(law.s, law.V, law.kept(), law.m.tile_sum, d,
                                              residual_of_law(law, static_cast<C>(walk.scale), draft, bad));
   if (__syncthreads_or(bad)) return status |= kStatusNaN, -1;
   if (token >= 0) return token;
   status |= kStatusResidualFallback;
-  return draw(law, residual);
+  return draw(law, d);
 }
 
 // From rows of probabilities.
@@ -222,9 +223,7 @@ __device__ int64_t draw_last(const ChainRows& rows, int64_t b, const Walk& walk,
   const auto V = static_cast<int>(rows.vocab_size);
   const T* const row = view.logits;
   double* const tile_sums = view.memory.tile_sum;
-  const Draw residual = rows.draw_at(b, a.K, rows.noise(b, kStreamResidual, walk.row, 0));
-  const Draw bonus = rows.draw_at(b, a.K, rows.noise(b, kStreamBonus, walk.row, 0));
-  const Draw& d = walk.row == rows.len(b) ? bonus : residual;
+  const Draw d = rows.draw_at(b, a.K, last_noise(rows, b, walk));
   auto as_given = [&](int v, auto& out) { read(row, v, V, C(0), out); };
   if (walk.last == Last::kResidual) {
     bool bad = false;
@@ -269,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(ChainRo
   if ((walk.status & kStatusErrors) || !(bonus || walk.last == Last::kResidual)) return;
   const auto V = static_cast<int>(rows.vocab_size);
   const Span span = part_of(V, static_cast<int>(blockIdx.x % parts), parts);
-  const Noise noise = rows.noise(b, bonus ? kStreamBonus : kStreamResidual, walk.row, 0);
+  const Noise noise = last_noise(rows, b, walk);
   const int64_t job = b * (a.K + 1) + walk.row;
   const RowView<T> view = rows.view<T>(job);
   const C factor = bonus ? C(1) : static_cast<C>(walk.scale);
@@ -277,14 +276,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) race_kernel(ChainRo
   bool bad = false;
   if (a.target_is_probs) {  // a bonus is what no draft takes anything away from
     const DraftRow<T, C> draft = bonus ? DraftRow<T, C>{nullptr, nullptr, -1} : rows.draft_row<T, C>(b, walk.row);
-    leader = race_weights<C>(residual_of_probs(view.logits, V, factor, draft, bad), noise, span.begin, span.end);
+    leader = race_weights<C>(residual_of_probs(view.logits, V, factor, draft, bad), noise, span);
   } else {
     with_settled_law(view.logits, V, rows.verdicts()[job].settled, view.filter, view.memory, s, [&](const auto& law) {
       if (bonus) {
-        leader = race(law, noise, first_leader(law, noise), span.begin, span.end);
+        leader = race(law, noise, span);
       } else {
         const DraftRow<T, C> draft = rows.draft_row<T, C>(b, walk.row);
-        leader = race_weights<C>(residual_of_law(law, factor, draft, bad), noise, span.begin, span.end);
+        leader = race_weights<C>(residual_of_law(law, factor, draft, bad), noise, span);
       }
     });
   }

@@ -51,6 +51,6 @@ __global__ void __launch_bounds__(kWarps* kWarp) verify_chain_greedy_kernel(Veri
 
 void fastdecode::cuda::verify_chain_greedy(const VerifyChainGreedyArgs& a, const Exec& ex) {
   if (a.batch == 0) return;
-  const auto blocks = static_cast<unsigned>((a.batch + FD_ISA::kWarps - 1) / FD_ISA::kWarps);
+  const unsigned blocks = FD_ISA::grid_of((a.batch + FD_ISA::kWarps - 1) / FD_ISA::kWarps);
   FD_LAUNCH(FD_ISA::verify_chain_greedy_kernel, blocks, FD_ISA::kWarps * FD_ISA::kWarp, 0, ex.stream, a);
 }

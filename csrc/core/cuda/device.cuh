@@ -33,14 +33,16 @@ namespace fastdecode::FD_ISA {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Blocks of a grid, along x, whose limit this is.
+// Blocks of a grid stand along x, whose limit this is. grid_of is for a block to each item, capped_grid for blocks that
+// go on to another.
+inline constexpr int64_t kMaxBlocks = 0x7fffffff;
+inline unsigned capped_grid(int64_t blocks) { return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks); }
 inline unsigned grid_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::invalid_argument("more than 2^31 - 1 blocks of one launch: split the batch");
+  if (blocks > kMaxBlocks) throw std::invalid_argument("more than 2^31 - 1 blocks of one launch: split the batch");
   return static_cast<unsigned>(blocks);
 }
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
-__device__ inline int num_warps() { return static_cast<int>(blockDim.x / kWarp); }
 
 }  // namespace fastdecode::FD_ISA

@@ -47,16 +47,6 @@ __device__ inline int64_t join_parts(BlockSlots& slots, const RacePart* part, in
   return join_leaders(slots, leader).winner;
 }
 
-// Who leads a race before it begins: in a dense law the most likely id, for what it draws rules out most others.
-template <class E, class C = Compute<E>>
-__device__ inline Leader<C> first_leader(const Law<E>& law, const Noise& noise) {
-  Leader<C> leader;
-  if (!law.dense()) return leader;
-  const int top = law.argmax();
-  leader.enter(top, C(0), noise.word(top));
-  return leader;
-}
-
 // log2 of a word times 2^-32, plus 127 and 32: a lower bound.
 __device__ inline float log2_of_word(uint32_t word) {
   return static_cast<float>(bit_cast<int32_t>(static_cast<float>(word))) * 0x1p-23f;
@@ -64,18 +54,22 @@ __device__ inline float log2_of_word(uint32_t word) {
 
 inline constexpr int kGroup = 4;  // ids whose words come from one counter
 
-// Race over a law's ids in begin .. end - 1, whole tiles, on the keys -distance. Each thread's own leader.
+// Race over a law's ids of a span of whole tiles, on the keys -distance. Each thread's own leader.
 template <class E, class C = Compute<E>>
-__device__ inline Leader<C> race(const Law<E>& law, const Noise& noise, Leader<C> leader, int begin, int end) {
+__device__ inline Leader<C> race(const Law<E>& law, const Noise& noise, const Span& span) {
+  Leader<C> leader;
   if (!law.dense()) {
     law.for_kept([&](int v) {
-      if (v >= begin && v < end) leader.enter(v, -law.distance_of(law.logit(v)), noise.word(v));
+      if (v >= span.begin && v < span.end) leader.enter(v, -law.distance_of(law.logit(v)), noise.word(v));
     });
     return leader;
   }
+  // the most likely id first: what it draws rules out most others
+  const int top = law.argmax();
+  leader.enter(top, C(0), noise.word(top));
   constexpr int kAtOnce = 2, kStep = kThreads * kGroup;  // loads side by side
   static_assert(kTile % (kAtOnce * kStep) == 0);
-  for (int first = begin + static_cast<int>(threadIdx.x) * kGroup; first < end; first += kAtOnce * kStep) {
+  for (int first = span.begin + static_cast<int>(threadIdx.x) * kGroup; first < span.end; first += kAtOnce * kStep) {
     C distance[kAtOnce][kGroup];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) law.distances(first + i * kStep, distance[i]);
@@ -96,9 +90,9 @@ __device__ inline Leader<C> race(const Law<E>& law, const Noise& noise, Leader<C
 
 // The same over weights that need not add up to 1, on the keys log(weight); value as in sum_part.
 template <class C, class ValueOf>
-__device__ inline Leader<C> race_weights(const ValueOf& value, const Noise& noise, int begin, int end) {
+__device__ inline Leader<C> race_weights(const ValueOf& value, const Noise& noise, const Span& span) {
   Leader<C> leader;
-  for (int v = begin + static_cast<int>(threadIdx.x) * kGroup; v < end; v += kThreads * kGroup) {
+  for (int v = span.begin + static_cast<int>(threadIdx.x) * kGroup; v < span.end; v += kThreads * kGroup) {
     C weight[kGroup];
     value(v, weight);
     bool any = false;
@@ -143,11 +137,11 @@ __device__ inline int inverse_cdf(LawShared<C>& s, int vocab_size, const double*
   tile = block_broadcast(s.slots, threadIdx.x == 0, tile);
   const int start = tile * static_cast<int>(kTile);
   const int n = start + static_cast<int>(kTile) < vocab_size ? static_cast<int>(kTile) : vocab_size - start;
-  for (int v = static_cast<int>(threadIdx.x) * 4; v < static_cast<int>(kTile); v += kThreads * 4) {
-    C weight[4];
+  for (int v = static_cast<int>(threadIdx.x) * kGroup; v < static_cast<int>(kTile); v += kThreads * kGroup) {
+    C weight[kGroup];
     value(start + v, weight);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) s.weight[v + j] = weight[j];
+    for (int j = 0; j < kGroup; ++j) s.weight[v + j] = weight[j];
   }
   __syncthreads();  // the tile's weights are there
   int found = -1;
@@ -167,11 +161,9 @@ template <class E, class C = Compute<E>>
 __device__ inline int draw(Law<E>& law, const Draw& d) {
   if (d.has_uniform) {
     law.normalise();
-    return inverse_cdf(law.s, law.V, law.m.tile_sum, law.sum(), d.uniform,
-                       [&](int v, auto& out) { law.weights(v, out); });
+    return inverse_cdf(law.s, law.V, law.m.tile_sum, law.sum(), d.uniform, law.as_weights());
   }
-  const Leader<C> leader = race(law, d.noise, first_leader(law, d.noise), 0, law.V);
-  return static_cast<int>(join_leaders(law.s.slots, leader).winner);
+  return static_cast<int>(join_leaders(law.s.slots, race(law, d.noise, {0, law.V})).winner);
 }
 
 }  // namespace fastdecode::FD_ISA

@@ -14,7 +14,7 @@ template <class C>
 struct LawShared {
   BlockSlots slots;
   union {
-    uint64_t bin_mass[256];  // of a radix digit
+    uint64_t bin_mass[kThreads];  // of a radix digit
     uint32_t bin_count[1 << kDigit];
     C weight[kTile];  // of one tile
     Entry<C> entry[kSharedEntries];
@@ -78,9 +78,8 @@ class Law {
   // Of the ids v .. v + kCount - 1, v a multiple of kCount, bit j: v + j is one of the row, and kept.
   template <int kCount>
   __device__ uint32_t bits(int v) const {
-    static_assert(kWord % kCount == 0 && kCount < kWord);
-    const int left = V - v;
-    const uint32_t inside = (uint32_t{1} << (left < 0 ? 0 : left < kCount ? left : kCount)) - 1;
+    static_assert(kWord % kCount == 0);
+    const uint32_t inside = bits_inside<kCount>(v, V);
     return kept_ && inside ? inside & kept_[v / kWord] >> v % kWord : inside;
   }
   // Their distances, inf where the bit is 0.
@@ -98,11 +97,9 @@ class Law {
     for (int j = 0; j < kCount; ++j) out[j] = exp_minus(out[j]);
   }
 
-  template <int kCount>
-  __device__ void moments(int v, C (&out)[kCount]) const {
-    distances(v, out);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) out[j] = moment_of(out[j], exp_minus(out[j]));
+  // The weights for sums and walks: value(v, out).
+  __device__ auto as_weights() const {
+    return [this](int v, auto& out) { weights(v, out); };
   }
 
   // Computes the sum that probabilities are divided by, and leaves the tiles' sums in m.tile_sum; `weighed`: they are
@@ -114,19 +111,14 @@ class Law {
     inverse_sum_ = static_cast<C>(1.0 / sum_);
   }
   // The tiles' sums of part `part` of `parts`.
-  __device__ void weigh(int part, int parts) const {
-    sum_part<E, C>(V, kept_, m.tile_sum, part, parts, [&](int v, auto& out) { weights(v, out); });
-  }
+  __device__ void weigh(int part, int parts) const { sum_part<E, C>(V, kept_, m.tile_sum, part, parts, as_weights()); }
   // After normalise; by any thread.
   __device__ double sum() const { return sum_; }
   __device__ C inverse_sum() const { return inverse_sum_; }
   __device__ C prob(int v) const { return exp_minus(kept_distance(v)) * inverse_sum_; }
 
   // Entropy in nats, after normalise. Overwrites m.tile_sum.
-  __device__ double entropy() {
-    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) { moments(v, out); });
-    return log_(sum_) + moment / sum_;
-  }
+  __device__ double entropy() { return log_(sum_) + moment() / sum_; }
 
   // The most likely id, ties by id. Only typical_p can take the largest logit away.
   __device__ int mode() const {
@@ -155,9 +147,7 @@ class Law {
 
   // Leaves only the k most likely ids, ties by id.
   __device__ void keep_top(int64_t k) {
-    if (!kept_) gather(limit_for(k));
-    // by logit: distances of logits far from the top may round to one number
-    if (k < count()) keep(By::kLogit, C(0), static_cast<uint64_t>(k));
+    if (const uint64_t target = gather_top(k)) keep(By::kLogit, C(0), target);
   }
 
   // How many ids a law that is not dense keeps.
@@ -203,8 +193,7 @@ class Law {
       uint64_t target = 0;  // 0: nothing to select
       C mean = 0;
       if (stage == 0 && k) {
-        gather(limit_for(f.top_k));
-        if (f.top_k < count()) target = static_cast<uint64_t>(f.top_k);
+        target = gather_top(f.top_k);
       } else if (stage == 1 && p) {
         target = nucleus(f.top_p, row_mass, k);
       } else if (stage == 2) {
@@ -217,6 +206,13 @@ class Law {
       }
       if (target > 0) keep(stage == 0 ? By::kLogit : stage == 1 ? By::kDistance : By::kMean, mean, target);
     }
+  }
+
+  // How many of the ids kept to select for the k most likely; 0 where these are all. They are selected by logit:
+  // distances of logits far from the top may round to one number.
+  __device__ uint64_t gather_top(int64_t k) {
+    if (!kept_) gather(limit_for(k));
+    return k < count() ? static_cast<uint64_t>(k) : 0;
   }
 
   // What a nucleus must weigh, its ids among those kept; 0 where all that are kept weigh less.
@@ -259,10 +255,16 @@ class Law {
 
   // Of the kept ids, under the law: entropy minus the logarithm of the normaliser.
   __device__ C mean_distance() {
-    const double moment = sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) { moments(v, out); });
-    weigh(0, 1);
-    __syncthreads();  // the tiles' sums are written
-    return static_cast<C>(moment / add_tiles(s.slots, m.tile_sum, V));
+    const double above = moment();
+    return static_cast<C>(above / sum_row<E, C>(s.slots, V, kept_, m.tile_sum, as_weights()));
+  }
+
+  // Sum of distance * weight.
+  __device__ double moment() const {
+    return sum_row<E, C>(s.slots, V, kept_, m.tile_sum, [&](int v, auto& out) {
+      distances(v, out);
+      for (C& value : out) value = moment_of(value, exp_minus(value));
+    });
   }
 
   __device__ uint64_t mass_kept() const {

@@ -27,6 +27,13 @@ struct LogitRows {
   bool edits;
   DType dtype;
 
+  FD_HD int64_t bytes() const { return num_rows * row_bytes; }
+  // What an op keeps behind the rows' memory.
+  template <class Kept>
+  FD_HD Kept* behind() const {
+    return reinterpret_cast<Kept*>(scratch + bytes());
+  }
+
   template <class T>
   __device__ RowView<T> view(int64_t r) const {
     const RowOwner owner = owner_of(r, rows_per_request, row_start, batch);
@@ -46,10 +53,10 @@ inline bool may_cut(const FilterArgs& f) { return f.top_k || f.top_p || f.min_p 
 
 // Of an op's arguments that has these fields; `row_start` may be nullptr.
 template <class Args>
-LogitRows logit_rows(const Args& a, const void* logits, const FilterArgs& filters, const int32_t* row_start,
-                     int64_t num_rows, int64_t rows_per_request, int64_t row_stride) {
+LogitRows logit_rows(const Args& a, const FilterArgs& filters, const int32_t* row_start, int64_t num_rows,
+                     int64_t rows_per_request, int64_t row_stride) {
   const bool edited = may_edit(filters);
-  return {logits,
+  return {a.logits,
           row_start,
           a.active,
           filters,

@@ -75,13 +75,6 @@ inline int num_row_parts(int64_t num_rows, int64_t vocab_size, const Exec& ex) {
   return static_cast<int>(wanted < tiles ? wanted : tiles);
 }
 
-// What the first n tiles of a row add up to, in order: by one thread.
-__device__ inline double sum_tiles(const double* tiles, int n) {
-  double sum = 0;
-  for (int t = 0; t < n; ++t) sum += tiles[t];
-  return sum;
-}
-
 inline constexpr int kWord = 32;  // ids per word of `kept`
 FD_HD inline int64_t num_words(int64_t vocab_size) { return (vocab_size + kWord - 1) / kWord; }
 
@@ -92,6 +85,22 @@ struct Span {
 __device__ inline Span part_of(int vocab_size, int part, int parts) {
   const int64_t tiles = num_tiles(vocab_size), last = tiles * (part + 1) / parts * kTile;
   return {static_cast<int>(tiles * part / parts * kTile), last < vocab_size ? static_cast<int>(last) : vocab_size};
+}
+
+// body(t) for the tiles of part `part` of `parts`, a warp to each.
+template <class Body>
+__device__ inline void for_tiles(int vocab_size, int part, int parts, const Body& body) {
+  const auto tiles = static_cast<int>(num_tiles(vocab_size));
+  const auto end = static_cast<int>(int64_t{tiles} * (part + 1) / parts);
+  for (int t = static_cast<int>(int64_t{tiles} * part / parts) + warp_id(); t < end; t += kWarps) body(t);
+}
+
+// Of the ids v .. v + kCount - 1, bit j: v + j is one of the row's.
+template <int kCount>
+__device__ inline uint32_t bits_inside(int v, int vocab_size) {
+  static_assert(kCount < kWord);
+  const int left = vocab_size - v;
+  return (uint32_t{1} << (left < 0 ? 0 : left < kCount ? left : kCount)) - 1;
 }
 
 // Whether any of the tile's ids is kept; the same for all threads of the warp.
@@ -109,19 +118,17 @@ __device__ inline bool keeps_any(const uint32_t* kept, int vocab_size, int tile)
 template <class E, class C, class ValueOf>
 __device__ inline void sum_part(int vocab_size, const uint32_t* kept, double* tile_sums, int part, int parts,
                                 const ValueOf& value) {
-  const auto tiles = static_cast<int>(num_tiles(vocab_size));
-  const auto end = static_cast<int>(int64_t{tiles} * (part + 1) / parts);
-  for (int t = static_cast<int>(int64_t{tiles} * part / parts) + warp_id(); t < end; t += kWarps) {
+  for_tiles(vocab_size, part, parts, [&](int t) {
     C sum = 0;
     if (!kept || keeps_any(kept, vocab_size, t)) sum = tile_sum<E, C>(t * static_cast<int>(kTile), vocab_size, value);
     if (lane_id() == 0) tile_sums[t] = static_cast<double>(sum);
-  }
+  });
 }
 
 // The tiles' sums added up, for all threads, once all of them are written.
 __device__ inline double add_tiles(BlockSlots& slots, const double* tile_sums, int vocab_size) {
   double sum = 0;
-  if (threadIdx.x == 0) sum = sum_tiles(tile_sums, static_cast<int>(num_tiles(vocab_size)));
+  for (int t = 0; threadIdx.x == 0 && t < num_tiles(vocab_size); ++t) sum += tile_sums[t];  // in order
   return block_broadcast(slots, threadIdx.x == 0, sum);
 }
 
