@@ -18,6 +18,8 @@ PYBIND11_MODULE(_host, m) {
       .value("ZERO_DRAFT_PROB", kStatusZeroDraftProb)
       .value("RESIDUAL_FALLBACK", kStatusResidualFallback)
       .value("BAD_LENGTH", kStatusBadLength)
+      .value("BAD_PAGE", kStatusBadPage)
+      .value("SATURATED", kStatusSaturated)
       .value("ERRORS", kStatusErrors)
       .finalize();
   py::native_enum<Rule>(m, "Rule", "enum.IntEnum", "Acceptance rules of verify_chain.")
@@ -49,6 +51,21 @@ PYBIND11_MODULE(_host, m) {
       .value("UNMASK_ORDER", kStreamUnmaskOrder)
       .value("UNMASK_TOKEN", kStreamUnmaskToken)
       .value("USER", kStreamUser)
+      .finalize();
+  py::native_enum<KVScheme>(m, "KVScheme", "enum.IntEnum", "How keys and values lie in a cache.")
+      .value("PLAIN", kKVPlain)
+      .value("FP8_E4M3", kKVFp8E4M3)
+      .value("FP8_E5M2", kKVFp8E5M2)
+      .value("INT8", kKVInt8)
+      .value("INT4", kKVInt4)
+      .value("KIVI4", kKVKivi4)
+      .value("KIVI2", kKVKivi2)
+      .finalize();
+  py::native_enum<TreeError>(m, "TreeError", "enum.IntEnum", "What tree_check finds wrong with a tree.")
+      .value("VALID", kTreeValid)
+      .value("BAD_COUNT", kTreeBadCount)
+      .value("BAD_ROOT", kTreeBadRoot)
+      .value("BAD_PARENT", kTreeBadParent)
       .finalize();
   bind_ngram_index(m);
 }

@@ -13,7 +13,9 @@ enum Status : int32_t {
   kStatusZeroDraftProb = 8,      // the draft law gives the drafted token probability 0
   kStatusResidualFallback = 16,  // the residual vanished by rounding; drew from the target row
   kStatusBadLength = 32,         // a length outside its range
-  kStatusErrors = kStatusNaN | kStatusNoMass | kStatusBadLength,
+  kStatusBadPage = 64,           // a page id or slot outside the cache
+  kStatusSaturated = 128,        // a value too large for the cache's format was stored as the largest it has
+  kStatusErrors = kStatusNaN | kStatusNoMass | kStatusBadLength | kStatusBadPage,
 };
 
 // Acceptance rules of verify_chain; typical and top_beta do not keep the target's law.
@@ -41,6 +43,25 @@ enum Stream : int64_t {
   kStreamUnmaskOrder = 5,
   kStreamUnmaskToken = 6,
   kStreamUser = 7,
+};
+
+// How keys and values lie in a cache (core/kv.h).
+enum KVScheme : int64_t {
+  kKVPlain = 0,    // float64, float32, float16 or bfloat16
+  kKVFp8E4M3 = 1,  // one byte a value, times a scale
+  kKVFp8E5M2 = 2,
+  kKVInt8 = 3,  // code * step + offset; a step and an offset per token and group of channels
+  kKVInt4 = 4,
+  kKVKivi4 = 5,  // as int4, but keys have a step and an offset per channel and group of tokens; the newest tokens lie
+  kKVKivi2 = 6,  // uncoded in a ring
+};
+
+// What tree_check finds wrong with a tree.
+enum TreeError : int32_t {
+  kTreeValid = 0,
+  kTreeBadCount = 1,   // num_nodes outside 0..N
+  kTreeBadRoot = 2,    // the parent of slot 0 is not -1
+  kTreeBadParent = 3,  // a parent that is not an earlier slot
 };
 
 enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };

@@ -8,7 +8,7 @@ from . import ops  # noqa: E402
 
 _lib.refuse_cuda(ops.__all__)
 
-from ._host import Bonus, FinishReason, Order, Rule, Status, Stream  # noqa: E402
+from ._host import Bonus, FinishReason, KVScheme, Order, Rule, Status, Stream, TreeError  # noqa: E402
 from .drafters import Context, Drafter, PromptLookup, SmallModel  # noqa: E402
 from .generation import generate, splitmix64, stream  # noqa: E402
 from .methods import METHODS, RULES, AcceptanceRule, Method, find_method  # noqa: E402
@@ -31,6 +31,7 @@ __all__ = [
     "Drafter",
     "FinishReason",
     "FixedLength",
+    "KVScheme",
     "Method",
     "Order",
     "Policy",
@@ -43,6 +44,7 @@ __all__ = [
     "Statistics",
     "Status",
     "Stream",
+    "TreeError",
     "cpu_levels",
     "find_method",
     "generate",

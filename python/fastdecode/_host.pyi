@@ -12,7 +12,9 @@ class Status(enum.IntFlag):
     ZERO_DRAFT_PROB = 8
     RESIDUAL_FALLBACK = 16
     BAD_LENGTH = 32
-    ERRORS = 35
+    BAD_PAGE = 64
+    SATURATED = 128
+    ERRORS = 99
 
 class Rule(enum.IntEnum):
     RATIO = 0
@@ -20,6 +22,21 @@ class Rule(enum.IntEnum):
     BLOCK = 2
     TYPICAL = 3
     TOP_BETA = 4
+
+class KVScheme(enum.IntEnum):
+    PLAIN = 0
+    FP8_E4M3 = 1
+    FP8_E5M2 = 2
+    INT8 = 3
+    INT4 = 4
+    KIVI4 = 5
+    KIVI2 = 6
+
+class TreeError(enum.IntEnum):
+    VALID = 0
+    BAD_COUNT = 1
+    BAD_ROOT = 2
+    BAD_PARENT = 3
 
 class Bonus(enum.IntEnum):
     GREEDY = 0

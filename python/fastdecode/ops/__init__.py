@@ -1,6 +1,7 @@
 """The kernels as typed functions; `torch.ops.fastdecode.<name>` is the same with every argument positional."""
 
 from .gemv import linear, pack_weight
+from .kv_pages import KVPages
 from .logits import Penalized, apply_token_bitmask_, penalize
 from .sample import (
     RowStats,
@@ -18,6 +19,7 @@ from .verify import Committed, Verified, commit, verify_chain, verify_chain_gree
 
 __all__ = [
     "Committed",
+    "KVPages",
     "Penalized",
     "RowStats",
     "Sampled",

@@ -7,7 +7,7 @@ import enum
 import torch
 from torch import Tensor
 
-from .._host import Bonus, Order, Rule
+from .._host import Bonus, KVScheme, Order, Rule
 
 FILTER_DOC = """
         temperature: float32 [B]; <= 0 or NaN is greedy, ties to the lowest id. None means 1.
@@ -96,7 +96,7 @@ def filters(
 
 
 _NUMBERS: dict[type[enum.IntEnum], dict[str, int]] = {
-    kind: {member.name.lower(): int(member) for member in kind} for kind in (Bonus, Order, Rule)
+    kind: {member.name.lower(): int(member) for member in kind} for kind in (Bonus, KVScheme, Order, Rule)
 }
 
 
