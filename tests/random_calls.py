@@ -277,6 +277,22 @@ def verify_chain_greedy(draw: Draw) -> dict[str, Any]:
     return given | draw.active(batch)
 
 
+def trees(draw: Draw) -> dict[str, Any]:
+    """Parents mostly of earlier slots; in some rows anything."""
+    batch, slots = draw.integer(0, 9), draw.one([0, 1, 2, 31, 32, 33, 65, 129, 256, 257, 300, 1024])
+    uniform = draw.rng.random((batch, slots))
+    parents = torch.from_numpy((uniform * np.arange(slots)).astype(np.int32))
+    if slots:
+        parents[:, 0] = -1
+    for b in range(batch):
+        if slots and draw.chance(0.3):
+            parents[b, draw.integer(0, slots - 1)] = draw.one([-2, -1, 0, slots - 1, slots, 2**31 - 1, -(2**31)])
+    given: dict[str, Any] = {"parents": draw.shared(parents)}
+    if draw.chance(0.6):
+        given["num_nodes"] = draw.integers(-1, slots + 1, (batch,), I32)
+    return given
+
+
 RULES = ("ratio", "block", "coupled", "typical", "typical, sampled", "top_beta")
 
 
@@ -434,6 +450,8 @@ CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "target_probs": target_probs,
     "token_logprobs": token_logprobs,
     "topk_logits": topk_logits,
+    "tree_check": trees,
+    "tree_mask": trees,
     "verify_chain": verify_chain,
     "verify_chain_greedy": verify_chain_greedy,
 }

@@ -56,6 +56,9 @@ enum KVScheme : int64_t {
   kKVKivi2 = 6,  // uncoded in a ring
 };
 
+// Slots of a draft tree; trees are checked and masked in one block's shared memory.
+inline constexpr int64_t kMaxTreeSlots = 1024;
+
 // What tree_check finds wrong with a tree.
 enum TreeError : int32_t {
   kTreeValid = 0,

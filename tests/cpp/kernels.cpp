@@ -14,6 +14,8 @@
 #include <fastdecode/sample/target_probs.h>
 #include <fastdecode/sample/token_logprobs.h>
 #include <fastdecode/sample/topk_logits.h>
+#include <fastdecode/tree/tree_check.h>
+#include <fastdecode/tree/tree_mask.h>
 #include <fastdecode/verify/commit.h>
 #include <fastdecode/verify/verify_chain.h>
 #include <fastdecode/verify/verify_chain_greedy.h>
@@ -637,6 +639,49 @@ Bytes run_linear(const Case& c, const Exec& exec) {
   return out.all();
 }
 
+// Chains, stars and trees between them; one broken tree in five.
+Table<int32_t> make_parents(const Case& c, int64_t slots) {
+  return make_table<int32_t>(c, slots, [&](int64_t b, int64_t i) {
+    if (b % 5 == 4 && i == slots / 2) return i;
+    return i == 0 ? -1 : b % 3 == 0 ? i - 1 : b % 3 == 1 ? 0 : (i - 1) / 2;
+  });
+}
+
+Bytes run_tree_check(const Case& c, const Exec& exec) {
+  const int64_t N = c.vocab_size - 1;
+  Case dense = c;
+  dense.strided = false;
+  const auto count = make_lens(dense, N);
+  const auto parents = make_parents(c, N);
+  Outputs out(c.before);
+  cpu::tree_check({.parents = parents.data.data(),
+                   .num_nodes = c.variant ? count.data.data() : nullptr,
+                   .code = out.add<int32_t>(c.batch),
+                   .batch = c.batch,
+                   .num_slots = N,
+                   .parent_stride = parents.stride},
+                  exec);
+  return out.all();
+}
+
+Bytes run_tree_mask(const Case& c, const Exec& exec) {
+  const int64_t N = std::min(c.vocab_size - 1, kMaxTreeSlots);
+  Case dense = c;
+  dense.strided = false;
+  const auto count = make_lens(dense, N);
+  const auto parents = make_parents(c, N);
+  Outputs out(c.before);
+  cpu::tree_mask({.parents = parents.data.data(),
+                  .num_nodes = c.variant ? count.data.data() : nullptr,
+                  .mask = out.add<int32_t>(c.batch * N * ((N + 31) / 32)),
+                  .depths = out.add<int32_t>(c.batch * N),
+                  .batch = c.batch,
+                  .num_slots = N,
+                  .parent_stride = parents.stride},
+                 exec);
+  return out.all();
+}
+
 struct Op {
   const char* name;
   Bytes (*run)(const Case&, const Exec&);
@@ -656,6 +701,8 @@ constexpr Op kOps[] = {
     {"verify_chain_greedy", run_verify_chain_greedy, 2, true},
     {"commit", run_commit, 4, true},
     {"linear", run_linear, 6, true},
+    {"tree_check", run_tree_check, 2, true},
+    {"tree_mask", run_tree_mask, 2, true},
 };
 
 void run_threads(int64_t count, void (*body)(void*, int64_t), void* context) {

@@ -28,6 +28,8 @@ GOOD: dict[str, dict] = {
         "target_logits": torch.zeros(B, K + 1, V),
         **SEEDS,
     },
+    "tree_check": {"parents": torch.zeros(B, K, dtype=I32)},
+    "tree_mask": {"parents": torch.zeros(B, K, dtype=I32)},
     "commit": {
         "tokens": torch.zeros(B, K + 1, dtype=torch.int64),
         "num_emitted": torch.zeros(B, dtype=I32),
@@ -80,6 +82,8 @@ TENSORS: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
         "seed": ((B,), torch.int64),
         "offset": ((B,), torch.int64),
     },
+    "tree_check": {"num_nodes": ((B,), I32)},
+    "tree_mask": {"num_nodes": ((B,), I32)},
     "commit": {
         "num_emitted": ((B,), I32),
         "lengths": ((B,), I32),

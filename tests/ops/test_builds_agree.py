@@ -134,6 +134,15 @@ def verify_chain_greedy(dtype: torch.dtype) -> Iterator[dict]:
         yield {"draft_tokens": draft, "target_ids": target, "draft_lens": lens}
 
 
+def trees(dtype: torch.dtype) -> Iterator[dict]:
+    """1,000 of them, some broken."""
+    if dtype == torch.float32:  # integers only
+        columns = [torch.randint(-1, i, (1000,), generator=generator(91, i), dtype=I32) for i in range(1, 9)]
+        parents = torch.stack([torch.full((1000,), -1, dtype=I32), *columns], 1)
+        nodes = torch.randint(-1, 11, (1000,), generator=generator(92), dtype=I32)
+        yield {"parents": parents, "num_nodes": nodes}
+
+
 def verify_chain(dtype: torch.dtype) -> Iterator[dict]:
     """Every rule over 1,000 rows of targets that are hostile and drafts that are near them."""
     for num_rows, vocab_size in SIZES:
@@ -186,6 +195,8 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[dict]]] = {
     "target_probs": target_probs,
     "token_logprobs": token_logprobs,
     "topk_logits": topk_logits,
+    "tree_check": trees,
+    "tree_mask": trees,
     "verify_chain": verify_chain,
     "verify_chain_greedy": verify_chain_greedy,
 }

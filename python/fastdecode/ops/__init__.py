@@ -15,6 +15,7 @@ from .sample import (
     token_logprobs,
     topk_logits,
 )
+from .tree import TreeMask, tree_check, tree_mask
 from .verify import Committed, Verified, commit, verify_chain, verify_chain_greedy
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TargetProbs",
     "TokenLogprobs",
     "TopkLogits",
+    "TreeMask",
     "Verified",
     "apply_token_bitmask_",
     "commit",
@@ -37,6 +39,8 @@ __all__ = [
     "target_probs",
     "token_logprobs",
     "topk_logits",
+    "tree_check",
+    "tree_mask",
     "verify_chain",
     "verify_chain_greedy",
 ]

@@ -4,6 +4,6 @@ Every decision comes with its margin, the distance from the point where it would
 of the compute dtype, a kernel may rightly decide otherwise, and only there.
 """
 
-from . import logits, rng, sample, verify
+from . import logits, rng, sample, tree, verify
 
-__all__ = ["logits", "rng", "sample", "verify"]
+__all__ = ["logits", "rng", "sample", "tree", "verify"]
