@@ -1,38 +1,38 @@
-"""Caches with one contiguous stretch of memory per row.
+"""Book-keeping of caches, and caches with one contiguous stretch of memory per row.
 
-`RowCache` does the book-keeping of the KVCache contract for any set of tensors that have a batch and a token dimension;
-`ContiguousKVCache` holds keys and values, `TokenCache` just the tokens (for models that are a function of them).
-Lengths live on the host: the fast paths of a forward depend on them, and on the CPU reading them costs nothing. With
-tensors on another device `keep` and `truncate` therefore read their arguments on the host.
+`Rows` keeps the lengths of the KVCache contract, whatever is stored. `RowCache` adds any set of tensors that have a
+batch and a token dimension; `ContiguousKVCache` holds keys and values, `TokenCache` just the tokens (for models that
+are a function of them). Lengths live on the host: the fast paths of a forward depend on them, and on the CPU reading
+them costs nothing. With tensors on another device `keep` and `truncate` therefore read their arguments on the host.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .base import int_list
 
-__all__ = ["ContiguousKVCache", "RowCache", "TokenCache"]
+__all__ = ["ContiguousKVCache", "RowCache", "Rows", "TokenCache"]
+
+RowsT = TypeVar("RowsT", bound="Rows")
+Moves = list[tuple[int, list[int]]]  # rows, each with the slots that shall follow its committed tokens
 
 
-class RowCache:
-    """The KVCache contract over tensors that share a batch and a token dimension (see models.base.KVCache).
+class Rows(ABC):
+    """The lengths of the KVCache contract (see models.base.KVCache); subclasses store what the lengths are of.
 
-    Slots behind a row's committed and pending tokens hold zeros or stale values, which no result depends on. The
-    tensors are made outside inference mode wherever that happens: an inference tensor could not be written by a later
-    `keep`.
+    A hook that raises must have changed nothing.
     """
 
-    def __init__(self, stores: Sequence[Tensor], *, batch_dim: int, token_dim: int, max_context: int) -> None:
-        self._stores = list(stores)
-        self._batch_dim = batch_dim
-        self._token_dim = token_dim
-        self._lens = [0] * self._stores[0].shape[batch_dim]
-        self._pending = [0] * len(self._lens)
+    def __init__(self, batch: int, max_context: int) -> None:
+        self._lens = [0] * batch
+        self._pending = [0] * batch
         self._staged = 0  # slots of the last forward, padded ones included
         self._lens_tensor: Tensor | None = None
         self.max_context = max_context
@@ -57,14 +57,9 @@ class RowCache:
         return len(self._lens)
 
     @property
-    def capacity(self) -> int:
-        """Tokens per row that fit without growing."""
-        return self._stores[0].shape[self._token_dim]
-
-    @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Where the tensors live."""
-        return self._stores[0].device
 
     # -- the contract --------------------------------------------------------------------------------------------------
 
@@ -74,10 +69,7 @@ class RowCache:
         for count, limit in zip(counts, self._pending, strict=True):
             if not 0 <= count <= limit:
                 raise ValueError(f"KVCache.keep: num_keep: expected 0..{limit}, got {count}")
-        if path is not None:
-            moves = self._check_path(path, counts)
-            for row, slots in moves:
-                self._move(row, slots)
+        self._commit(counts, [] if path is None else self._check_path(path, counts))
         for row, count in enumerate(counts):
             self._lens[row] += count
         self._drop_pending()
@@ -88,20 +80,25 @@ class RowCache:
         for length, old in zip(new, self._lens, strict=True):
             if not 0 <= length <= old:
                 raise ValueError(f"KVCache.truncate: lens: expected 0..{old}, got {length}")
+        self._shorten(new)
         self._lens = new
         self._drop_pending()
 
-    def fork(self, rows: Tensor | Sequence[int]) -> RowCache:
+    def fork(self: RowsT, rows: Tensor | Sequence[int]) -> RowsT:
         """A new cache with copies of these rows; see KVCache.fork."""
+        wanted = self._check_rows("KVCache.fork", rows)
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._take("KVCache.fork", rows)
+        other._take(wanted, forked=True)
+        other._take_lengths(wanted)
         return other
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Keep only these rows, in this order; see KVCache.select."""
-        if int_list("KVCache.select", "rows", rows) != list(range(self.batch)):
-            self._take("KVCache.select", rows)
+        wanted = self._check_rows("KVCache.select", rows)
+        if wanted != list(range(self.batch)):
+            self._take(wanted, forked=False)
+            self._take_lengths(wanted)
 
     def reserve(self, n: int) -> None:
         """Make room for n more tokens in every row; see KVCache.reserve."""
@@ -110,15 +107,14 @@ class RowCache:
         longest = max(self._lens, default=0)
         if longest + n > self.max_context:
             raise ValueError(f"KVCache.reserve: n: expected 0..{self.max_context - longest} (max_context), got {n}")
-        self._grow(longest + n)
+        self._reserve(n)
 
     # -- for models ----------------------------------------------------------------------------------------------------
 
     def stage(self, num_slots: int, num_tokens: Sequence[int] | None = None) -> None:
         """Announce a forward of `num_slots` slots per row, of which `num_tokens[b]` (default all) are valid.
 
-        Makes room for all of them: padded slots are written too, so memory may reach past max_context, valid tokens may
-        not.
+        Makes room for them. Valid tokens may not reach past max_context; padded slots may.
         """
         counts = [num_slots] * self.batch if num_tokens is None else list(num_tokens)
         for length, count in zip(self._lens, counts, strict=True):
@@ -127,9 +123,31 @@ class RowCache:
                     f"forward: tokens: expected at most {self.max_context - length} after {length} cached ones "
                     f"(max_context {self.max_context}), got {count}"
                 )
-        self._grow(max(self._lens, default=0) + num_slots)
+        self._make_room(num_slots, counts)
         self._pending = counts
         self._staged = num_slots
+
+    # -- what a subclass stores ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _commit(self, counts: list[int], moves: Moves) -> None:
+        """Move pending slots to their places; `counts[b]` of row b are about to be committed."""
+
+    @abstractmethod
+    def _shorten(self, lens: list[int]) -> None:
+        """The rows are about to be cut to these lengths."""
+
+    @abstractmethod
+    def _take(self, rows: list[int], *, forked: bool) -> None:
+        """Hold these rows instead; forked: in place of a shallow copy of another cache, which stays as it is."""
+
+    @abstractmethod
+    def _reserve(self, n: int) -> None:
+        """Room for n more tokens in every row."""
+
+    @abstractmethod
+    def _make_room(self, num_slots: int, counts: list[int]) -> None:
+        """Room for a forward."""
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -138,7 +156,7 @@ class RowCache:
         self._staged = 0
         self._lens_tensor = None
 
-    def _check_path(self, path: Tensor, counts: list[int]) -> list[tuple[int, list[int]]]:
+    def _check_path(self, path: Tensor, counts: list[int]) -> Moves:
         """The rows that need copying, each with its slots; raises before anything was changed."""
         if path.is_floating_point() or path.dtype == torch.bool:
             raise ValueError(f"KVCache.keep: path: expected an integer dtype, got {path.dtype}")
@@ -158,27 +176,67 @@ class RowCache:
                 moves.append((row, slots))
         return moves
 
-    def _move(self, row: int, slots: list[int]) -> None:
-        first = next(i for i, slot in enumerate(slots) if slot != i)
-        base = self._lens[row]
-        source = torch.tensor([base + slot for slot in slots[first:]], device=self.device)
-        for store in self._stores:
-            tokens = store.select(self._batch_dim, row)
-            dim = self._token_dim - 1  # the batch dimension stands before the token dimension
-            # index_select copies before copy_ writes, so source and destination may overlap
-            tokens.narrow(dim, base + first, len(slots) - first).copy_(tokens.index_select(dim, source))
-
-    def _take(self, where: str, rows: Tensor | Sequence[int]) -> None:
+    def _check_rows(self, where: str, rows: Tensor | Sequence[int]) -> list[int]:
         wanted = int_list(where, "rows", rows)
         for row in wanted:
             if not 0 <= row < self.batch:
                 raise ValueError(f"{where}: rows: expected 0..{self.batch - 1}, got {row}")
-        index = torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        return wanted
+
+    def _take_lengths(self, rows: list[int]) -> None:
+        self._lens = [self._lens[row] for row in rows]
+        self._pending = [self._pending[row] for row in rows]
+        self._lens_tensor = None
+
+
+class RowCache(Rows):
+    """Rows of tensors that share a batch and a token dimension.
+
+    Slots behind a row's committed and pending tokens hold zeros or stale values, which no result depends on. The
+    tensors are made outside inference mode wherever that happens: an inference tensor could not be written by a later
+    `keep`.
+    """
+
+    def __init__(self, stores: Sequence[Tensor], *, batch_dim: int, token_dim: int, max_context: int) -> None:
+        super().__init__(stores[0].shape[batch_dim], max_context)
+        self._stores = list(stores)
+        self._batch_dim = batch_dim
+        self._token_dim = token_dim
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that fit without growing."""
+        return self._stores[0].shape[self._token_dim]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self._stores[0].device
+
+    def _commit(self, counts: list[int], moves: Moves) -> None:
+        for row, slots in moves:
+            first = next(i for i, slot in enumerate(slots) if slot != i)
+            base = self._lens[row]
+            source = torch.tensor([base + slot for slot in slots[first:]], device=self.device)
+            for store in self._stores:
+                tokens = store.select(self._batch_dim, row)
+                dim = self._token_dim - 1  # the batch dimension stands before the token dimension
+                # index_select copies before copy_ writes, so source and destination may overlap
+                tokens.narrow(dim, base + first, len(slots) - first).copy_(tokens.index_select(dim, source))
+
+    def _shorten(self, lens: list[int]) -> None:
+        pass
+
+    def _take(self, rows: list[int], *, forked: bool) -> None:
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         with torch.inference_mode(False):
             self._stores = [store.index_select(self._batch_dim, index) for store in self._stores]
-        self._lens = [self._lens[row] for row in wanted]
-        self._pending = [self._pending[row] for row in wanted]
-        self._lens_tensor = None
+
+    def _reserve(self, n: int) -> None:
+        self._grow(max(self._lens, default=0) + n)
+
+    def _make_room(self, num_slots: int, counts: list[int]) -> None:
+        self._grow(max(self._lens, default=0) + num_slots)  # padded slots are written too
 
     def _grow(self, needed: int) -> None:
         capacity = self.capacity

@@ -40,12 +40,9 @@ class HuggingFaceCache(RowCache):
         super().__init__([empty], batch_dim=0, token_dim=2, max_context=max_context)
         self._of_layer: dict[int, int] = {}  # place of a layer's keys among the tensors; its values follow
 
-    def fork(self, rows: Tensor | Sequence[int]) -> HuggingFaceCache:
-        """A new cache with copies of these rows; see KVCache.fork."""
-        other = super().fork(rows)
-        assert isinstance(other, HuggingFaceCache)
-        other._of_layer = dict(self._of_layer)
-        return other
+    def _take(self, rows: list[int], *, forked: bool) -> None:
+        super()._take(rows, forked=forked)
+        self._of_layer = dict(self._of_layer)
 
     @property
     def layers(self) -> tuple[int, ...]:
