@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import fastdecode.ops
-from support import DTYPES, hostile, views
+from fastdecode.ops import KVPages
+from kv_inputs import KIVI, SCHEMES, hostile_tokens, make_pages, some_rope, some_slots
+from support import DTYPES, hostile, map_tensors, tensors_of, views
 
 I32, I64, F32 = torch.int32, torch.int64, torch.float32
 NAN, INF = float("nan"), float("inf")
@@ -440,9 +442,107 @@ TELLING: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
     "topk_logits": (counts_to_confuse,),
     "verify_chain": (sum_in_order, none_lost, many_drafts),
 }
+
+
+def cache(draw: Draw, schemes: tuple[str, ...], **sizes: Any) -> KVPages:
+    kivi_group, page_groups = draw.one([4, 8, 16]), draw.integer(1, 3)
+    scheme = draw.one(schemes)
+    group = kivi_group if scheme in KIVI else draw.one([None, 2, 4])
+    head_dim = draw.one([4, 6, 16, 40, 64, 96, 128]) if scheme not in KIVI else kivi_group * draw.integer(1, 5)
+    options: dict[str, Any] = {
+        "num_pages": draw.integer(1, 6),
+        "page_size": kivi_group * page_groups if scheme in KIVI else draw.integer(1, 9),
+        "heads": draw.integer(1, 3),
+        "head_dim": head_dim,
+        "group": group if group is None or head_dim % group == 0 else 2,
+        "tail_size": draw.integer(1, 40),
+        "dtype": draw.one(DTYPES),
+        "layout": draw.one(["HND", "NHD"]),
+    }
+    if scheme.startswith("fp8"):
+        options["static_scales"] = draw.chance(0.3)
+    return make_pages(scheme, seed=draw.integer(0, 2**31), **(options | sizes))
+
+
+def table_of(draw: Draw, pages: KVPages, batch: int) -> Tensor:
+    table = draw.integers(0, pages.num_pages - 1, (batch, draw.integer(1, 4)), I32)
+    if batch and draw.chance(0.2):
+        table[draw.integer(0, batch - 1), draw.integer(0, table.shape[1] - 1)] = draw.one([-1, pages.num_pages])
+    return draw.layout(table)
+
+
+def kv_append_(draw: Draw) -> dict[str, Any]:
+    pages, dtype, tokens = cache(draw, SCHEMES), draw.one(DTYPES), draw.integer(0, 20)
+    seed = draw.integer(0, 2**31)
+
+    def rows(heads: int, i: int) -> Tensor:
+        return draw.layout(hostile_tokens(tokens, heads, pages.head_dim, dtype, seed, i, first=i))
+
+    given = {
+        "k": rows(pages.num_kv_heads, 0),
+        "v": rows(pages.num_kv_heads, 1),
+        "slots": some_slots(pages, tokens, seed, bad=draw.chance(0.7)),
+        "pages": pages,
+    }
+    if draw.chance(0.6):
+        given["rope"] = some_rope(draw.integer(1, 30), pages.head_dim, dtype)
+        given["positions"] = draw.integers(-1 if draw.chance(0.3) else 0, 20, (tokens,), draw.one([I32, I64]))
+        given["interleaved"] = draw.chance(0.5)
+        if draw.chance(0.7):
+            given["q"] = rows(draw.integer(1, 6), 2)
+    return given
+
+
+def kv_flush_(draw: Draw) -> dict[str, Any]:
+    batch = draw.integer(0, 4)
+    pages = cache(draw, KIVI, batch=batch)
+    tail = pages.k_tail
+    assert tail is not None and pages.v_tail is not None
+    for i, ring in enumerate((tail, pages.v_tail)):
+        ring.copy_(hostile_tokens(batch * ring.shape[1], *ring.shape[2:], ring.dtype, i).view(ring.shape))
+    groups, width = max(tail.shape[1] // pages.group, 1), draw.integer(1, 4)
+    begin = draw.integers(0, 3, (batch,), I32) * pages.group
+    end = begin + draw.integers(0, groups, (batch,), I32) * pages.group + (1 if draw.chance(0.1) else 0)
+    # A page for each request and place: two that share one may not both write to it.
+    order = np.random.default_rng(draw.integer(0, 2**31)).permutation(max(pages.num_pages, batch * width))
+    table = torch.from_numpy(order[: batch * width]).to(I32).view(batch, width)
+    return {"pages": pages, "page_table": table, "begin": begin, "end": end}
+
+
+def kv_dequant(draw: Draw) -> dict[str, Any]:
+    batch = draw.integer(0, 5)
+    pages = cache(draw, SCHEMES, batch=batch)
+    table = table_of(draw, pages, batch)
+    length = table.shape[1] * pages.page_size
+    given = {"pages": pages, "page_table": table, "dtype": draw.one(DTYPES)}
+    given["kv_lens"] = draw.integers(-1 if draw.chance(0.1) else 0, length, (batch,), I32)
+    if pages.k_tail is not None and draw.chance(0.8):
+        given["tail_lens"] = draw.integers(0, pages.k_tail.shape[1], (batch,), I32).minimum(given["kv_lens"] + 1)
+    if draw.chance(0.3):
+        given["length"] = draw.integer(0, length)
+    return given
+
+
+def kv_keep_(draw: Draw) -> dict[str, Any]:
+    batch, width = draw.integer(0, 4), draw.integer(1, 8)
+    pages = cache(draw, SCHEMES, batch=batch)
+    given = {"pages": pages, "num_keep": draw.integers(-1 if draw.chance(0.1) else 0, width, (batch,), I32)}
+    given["path"] = draw.layout(draw.integers(1, 3, (batch, width), I32).cumsum(1).to(I32) - draw.integer(1, 2))
+    given["base_lens"] = draw.integers(0, 12, (batch,), I32)
+    if pages.k_tail is None:
+        columns = draw.integer(1, 8)  # no page of two requests
+        order = np.random.default_rng(draw.integer(0, 2**31)).permutation(max(pages.num_pages, batch * columns))
+        given["page_table"] = torch.from_numpy(order[: batch * columns]).to(I32).view(batch, columns)
+    return given
+
+
 CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "apply_token_bitmask_": apply_token_bitmask_,
     "commit": commit,
+    "kv_append_": kv_append_,
+    "kv_dequant": kv_dequant,
+    "kv_flush_": kv_flush_,
+    "kv_keep_": kv_keep_,
     "linear": linear,
     "penalize": penalize,
     "row_stats": row_stats,
@@ -475,7 +575,7 @@ def outputs(ops: Any, op: str, arguments: dict[str, Any]) -> list[Tensor]:
     from backends import Copies
 
     copies = Copies("cpu")
-    given = {k: copies(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    given = {k: map_tensors(copies, v) for k, v in arguments.items()}
     out = getattr(ops, op)(**given)
-    changed = [v for v in given.values() if isinstance(v, Tensor)]
+    changed = tensors_of(given.values())
     return [*([out] if isinstance(out, Tensor) else out), *changed]

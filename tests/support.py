@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdecode.ops import KVPages
 from fastdecode.testing.reference import sample as reference
 
 # One past each vector width, tile border (2048) and block of the kernels; primes; the smallest.
@@ -179,6 +181,24 @@ def scaled(logits: Tensor, *, temperature: Tensor | None = None, bias: Tensor | 
     if temperature is not None:
         work = work / torch.where(temperature > 0, temperature, 1).view(-1, *[1] * (logits.dim() - 1))
     return work
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """An argument of an op with `function` applied to its tensors: a tensor, or pages of a cache."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not isinstance(value, KVPages):
+        return value
+    named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dataclasses.replace(value, **{k: function(t) for k, t in named.items() if isinstance(t, Tensor)})
+
+
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors among the arguments of an op."""
+    found: list[Tensor] = []
+    for value in values:
+        map_tensors(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
+    return found
 
 
 class _Recorder(TorchDispatchMode):

@@ -52,6 +52,9 @@ struct KVPages {
   bool static_scale = false;           // fp8: scales are given, one per head
 };
 
+// Largest head_dim of the ops of kvquant/.
+inline constexpr int64_t kMaxHeadDim = 1024;
+
 constexpr bool is_kivi(KVScheme s) { return s == kKVKivi4 || s == kKVKivi2; }
 constexpr int code_bits(KVScheme s) {  // plain: 0
   return s == kKVPlain ? 0 : s == kKVInt4 || s == kKVKivi4 ? 4 : s == kKVKivi2 ? 2 : 8;

@@ -15,7 +15,8 @@ from torch import Tensor
 import fastdecode
 import fastdecode.ops
 from chain_inputs import NEW_FILTERS, pack, random_inputs
-from support import DTYPES, generator, hostile, same_bits
+from kv_inputs import KIVI, PAGED, SCHEMES, hostile_tokens, make_pages, some_rope, some_slots
+from support import DTYPES, generator, hostile, map_tensors, same_bits, tensors_of
 
 # (rows, V); one past a vector, a word of a mask, a tile; 1,000 rows in all
 SIZES = ((60, 2), (100, 3), (240, 17), (240, 33), (200, 257), (100, 1000), (40, 2049), (20, 5000))
@@ -184,9 +185,60 @@ def commit(dtype: torch.dtype) -> Iterator[dict]:
         }
 
 
+def kv_append_(dtype: torch.dtype) -> Iterator[dict]:
+    for scheme in SCHEMES:
+        for number, (head_dim, group) in enumerate(((64, 64), (96, 48), (40, 8))):
+            pages = make_pages(
+                scheme, num_pages=12, heads=3, head_dim=head_dim, group=group if scheme in PAGED else 8, seed=number
+            )
+            k, v, q = (hostile_tokens(90, heads, head_dim, dtype, number, heads) for heads in (3, 3, 5))
+            given = {"k": k, "v": v.flip(0), "slots": some_slots(pages, 90), "pages": pages}
+            yield given
+            rope = {"rope": some_rope(80, head_dim, dtype), "positions": torch.arange(90), "q": q}
+            yield given | rope | {"interleaved": number == 1}
+
+
+def kv_flush_(dtype: torch.dtype) -> Iterator[dict]:
+    for scheme in KIVI:
+        for head_dim in (24, 64):
+            pages = make_pages(scheme, num_pages=40, head_dim=head_dim, batch=20, tail_size=37, dtype=dtype)
+            for i, ring in enumerate((pages.k_tail, pages.v_tail)):
+                ring.copy_(hostile_tokens(20 * 37, 2, head_dim, dtype, i, first=i).view(ring.shape))
+            begin = torch.arange(20, dtype=I32) % 3 * 8
+            table = torch.arange(-1, 99, dtype=I32).view(20, 5)[:, :2].contiguous()
+            yield {"pages": pages, "page_table": table, "begin": begin, "end": begin + begin.flip(0)}
+
+
+def kv_dequant(dtype: torch.dtype) -> Iterator[dict]:
+    for scheme in SCHEMES:
+        for head_dim in (40, 96):
+            pages = make_pages(scheme, num_pages=20, head_dim=head_dim, batch=30)
+            g = generator(93)
+            table = torch.randint(20, (30, 5), generator=g, dtype=I32)
+            lens = {"kv_lens": torch.randint(41, (30,), generator=g, dtype=I32)}
+            if scheme in KIVI:
+                lens["tail_lens"] = lens["kv_lens"].minimum(torch.randint(17, (30,), generator=g, dtype=I32))
+            yield {"pages": pages, "page_table": table, "dtype": dtype, **lens}
+
+
+def kv_keep_(dtype: torch.dtype) -> Iterator[dict]:
+    for scheme in SCHEMES:
+        pages = make_pages(scheme, num_pages=90, batch=30, dtype=dtype)
+        g = generator(94)
+        path = torch.randint(1, 3, (30, 6), generator=g, dtype=I32).cumsum(1).int() - 1
+        counts = torch.randint(7, (30,), generator=g, dtype=I32)
+        table = torch.randperm(90, generator=g).int().view(30, 3)
+        given = {} if scheme in KIVI else {"page_table": table}
+        yield {"pages": pages, "path": path, "num_keep": counts, "base_lens": torch.arange(30, dtype=I32) % 14, **given}
+
+
 CALLS: dict[str, Callable[[torch.dtype], Iterator[dict]]] = {
     "apply_token_bitmask_": apply_token_bitmask_,
     "commit": commit,
+    "kv_append_": kv_append_,
+    "kv_dequant": kv_dequant,
+    "kv_flush_": kv_flush_,
+    "kv_keep_": kv_keep_,
     "linear": linear,
     "pack_weight": pack_weight,
     "penalize": penalize,
@@ -209,9 +261,9 @@ def test_every_op_has_an_entry():
 
 def outputs(name: str, arguments: dict) -> list[Tensor]:
     """Everything the op returns or changes in place."""
-    given = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    given = {k: map_tensors(torch.clone, v) for k, v in arguments.items()}
     out = getattr(fastdecode.ops, name)(**given)
-    changed = [v for v in given.values() if isinstance(v, Tensor)]
+    changed = tensors_of(given.values())
     return [*([out] if isinstance(out, Tensor) else out), *changed]
 
 
@@ -223,7 +275,7 @@ def test_builds_and_threads_agree(name, dtype):
         torch.set_num_threads(1)
         fastdecode.set_cpu_level(levels[0])
         want = outputs(name, arguments)
-        shapes = [tuple(v.shape) for v in arguments.values() if isinstance(v, Tensor)]
+        shapes = [tuple(v.shape) for v in tensors_of(arguments.values())]
         for level in levels:
             fastdecode.set_cpu_level(level)
             for threads in (1, 2, 4) if level == levels[-1] else (1,):

@@ -1,6 +1,7 @@
 """The kernels as typed functions; `torch.ops.fastdecode.<name>` is the same with every argument positional."""
 
 from .gemv import linear, pack_weight
+from .kv import Dequantised, kv_append_, kv_dequant, kv_flush_, kv_keep_
 from .kv_pages import KVPages
 from .logits import Penalized, apply_token_bitmask_, penalize
 from .sample import (
@@ -20,6 +21,7 @@ from .verify import Committed, Verified, commit, verify_chain, verify_chain_gree
 
 __all__ = [
     "Committed",
+    "Dequantised",
     "KVPages",
     "Penalized",
     "RowStats",
@@ -31,6 +33,10 @@ __all__ = [
     "Verified",
     "apply_token_bitmask_",
     "commit",
+    "kv_append_",
+    "kv_dequant",
+    "kv_flush_",
+    "kv_keep_",
     "linear",
     "pack_weight",
     "penalize",

@@ -1,0 +1,149 @@
+// The channels of one head of one token, coded and decoded on the CPU: a row of numbers of the compute type on one
+// side, the bytes of core/kv.h on the other.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/cpu/tiles.h"
+#include "core/kv_codec.h"
+
+namespace fastdecode::FD_ISA {
+
+template <class C>
+struct Range {
+  C low = kInf<C>, high = -kInf<C>;  // of the finite values
+  bool all_finite = true;
+};
+
+template <class C>
+FD_INLINE Range<C> range_of(const C* x, int64_t n) {
+  Range<C> r;
+  Lanes<C> low = Lanes<C>{} + kInf<C>, high = Lanes<C>{} - kInf<C>;
+  LaneBits<C> odd = {};
+  for_lanes(0, n, [&](auto wide, int64_t i) {
+    const auto v = take(wide, x + i);
+    if constexpr (wide) {
+      const auto finite = v - v == C(0);
+      const Lanes<C> for_low = finite ? v : Lanes<C>{} + kInf<C>, for_high = finite ? v : Lanes<C>{} - kInf<C>;
+      low = for_low < low ? for_low : low;
+      high = for_high > high ? for_high : high;
+      odd |= ~(LaneBits<C>)finite;
+    } else if (is_finite(v)) {
+      r.low = v < r.low ? v : r.low;
+      r.high = v > r.high ? v : r.high;
+    } else {
+      r.all_finite = false;
+    }
+  });
+  const C lanes_low = -largest<C>(-low), lanes_high = largest<C>(high);
+  r.low = lanes_low < r.low ? lanes_low : r.low;
+  r.high = lanes_high > r.high ? lanes_high : r.high;
+  r.all_finite &= !any_bit(odd);
+  return r;
+}
+
+// Step, offset and codes of one group.
+template <class C>
+FD_INLINE int32_t encode_group(const C* x, int64_t n, int bits, uint8_t* codes, Half* scale) {
+  const Range<C> r = range_of(x, n);
+  const bool any = r.low <= r.high;
+  const C low = coded_limit(r.low, any), high = coded_limit(r.high, any);
+  const Grid grid = make_grid(low, high, (1 << bits) - 1);
+  scale[0] = grid.step;
+  scale[1] = grid.offset;
+  const Coder<C> coder(grid, low, high);
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(coder.code(x[i]));
+  const bool saturated = any && (r.low < low || r.high > high);
+  return (r.all_finite ? 0 : kStatusNaN) | (saturated ? kStatusSaturated : 0);
+}
+
+// n <= kMaxHeadDim channels in groups, as codes of `bits` bits in split order.
+template <class C>
+FD_ROW int32_t encode_int_row(const C* x, int64_t n, int64_t group, int bits, uint8_t* data, Half* scale) {
+  uint8_t buffer[kMaxHeadDim];
+  uint8_t* codes = bits == 8 ? data : buffer;
+  int32_t status = 0;
+  for (int64_t g = 0; g * group < n; ++g)
+    status |= encode_group(x + g * group, group, bits, codes + g * group, scale + 2 * g);
+  const int64_t bytes = n * bits / 8;
+  if (bits == 4) {
+    for (int64_t j = 0; j < bytes; ++j) data[j] = static_cast<uint8_t>(codes[j] | codes[j + bytes] << 4);
+  } else if (bits == 2) {
+    for (int64_t j = 0; j < bytes; ++j)
+      data[j] = static_cast<uint8_t>(codes[j] | codes[j + bytes] << 2 | codes[j + 2 * bytes] << 4 |
+                                     codes[j + 3 * bytes] << 6);
+  }
+  return status;
+}
+
+template <class F, class C>
+FD_ROW int32_t encode_fp8_row(const C* x, int64_t n, int64_t group, uint8_t* data, float* scales, bool given) {
+  int32_t status = 0;
+  for (int64_t g = 0; g * group < n; ++g) {
+    const C* from = x + g * group;
+    uint8_t* to = data + g * group;
+    const Range<C> r = range_of(from, group);
+    if (!r.all_finite) status |= kStatusNaN;
+    if (!given) scales[g] = fp8_scale<F>(r.low > r.high ? C(0) : -r.low > r.high ? -r.low : r.high);
+    const C scale = static_cast<C>(given ? *scales : scales[g]);
+    int32_t nan = 0, saturated = 0;
+    for (int64_t i = 0; i < group; ++i) {
+      const C y = from[i] / scale;
+      nan |= y != y;
+      saturated |= is_finite(from[i]) & leaves_format<F>(y);
+      to[i] = static_cast<uint8_t>(encode_saturating<F>(y));
+    }
+    if (nan) status |= kStatusNaN;
+    if (saturated && !nan) status |= kStatusSaturated;
+  }
+  return status;
+}
+
+template <class E, class C>
+FD_ROW int32_t store_row(const C* x, int64_t n, E* to) {
+  int32_t odd = 0, saturated = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    odd |= !is_finite(x[i]);
+    saturated |= saturates<E>(x[i]);
+    to[i] = store<E, true>(x[i]);
+  }
+  return (odd ? kStatusNaN : 0) | (saturated ? kStatusSaturated : 0);
+}
+
+template <class T, class C>
+FD_ROW void load_row(const T* x, int64_t n, C* to) {
+  for_lanes(0, n, [&](auto wide, int64_t i) {
+    if constexpr (std::is_same_v<Compute<T>, C>) {
+      put<C>(wide, to + i, take(wide, x + i));
+    } else if constexpr (wide) {
+      for (int64_t l = 0; l < kWide; ++l) to[i + l] = static_cast<C>(load(x[i + l]));
+    } else {
+      to[i] = static_cast<C>(load(x[i]));
+    }
+  });
+}
+
+template <class C>
+FD_ROW void decode_int_row(const uint8_t* data, const Half* scale, int64_t n, int64_t group, int bits, C* to) {
+  uint8_t codes[kMaxHeadDim];
+  const int64_t bytes = n * bits / 8;
+  for (int64_t part = 0; part < 8 / bits; ++part)
+    for (int64_t j = 0; j < bytes; ++j)
+      codes[part * bytes + j] = static_cast<uint8_t>(data[j] >> (bits * part) & ((1 << bits) - 1));
+  for (int64_t g = 0; g * group < n; ++g) {
+    const C step = static_cast<C>(load(scale[2 * g])), offset = static_cast<C>(load(scale[2 * g + 1]));
+    for (int64_t i = g * group; i < (g + 1) * group; ++i) to[i] = decode_grid<C>(codes[i], step, offset);
+  }
+}
+
+template <class C>
+FD_ROW void decode_fp8_row(const uint8_t* data, const float* scales, bool given, bool e4m3, int64_t n, int64_t group,
+                           C* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const C scale = static_cast<C>(given ? *scales : scales[i / group]);
+    to[i] = static_cast<C>(e4m3 ? decode_e4m3(data[i]) : decode_e5m2(data[i])) * scale;
+  }
+}
+
+}  // namespace fastdecode::FD_ISA
