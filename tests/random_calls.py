@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import attention_inputs
 import fastdecode.ops
 from fastdecode.ops import KVPages
 from kv_inputs import KIVI, SCHEMES, hostile_tokens, make_pages, some_rope, some_slots
@@ -295,6 +296,63 @@ def trees(draw: Draw) -> dict[str, Any]:
     return given
 
 
+def paged_attention(draw: Draw) -> dict[str, Any]:
+    """Any scheme; now and then a page or a length that is wrong."""
+    batch, slots, kv_heads = draw.integer(0, 4), draw.one([1, 1, 2, 3, 9, 33]), draw.integer(1, 3)
+    scheme = draw.one([*attention_inputs.SCHEMES, "fp8_static"])
+    options: dict[str, Any] = {"softcap": draw.one([None, None, 20.0]), "window": draw.one([None, None, 1, 40])}
+    if draw.chance(0.3):
+        words = -(-slots // 32)
+        options["tree_mask"] = draw.integers(-(2**31), 2**31 - 1, (batch, slots, words), I32)
+    elif draw.chance(0.3):
+        options["causal"] = False
+    given = attention_inputs.make(
+        scheme=scheme,
+        dtype=draw.one(DTYPES),
+        cache_dtype=draw.one(DTYPES),
+        lens=tuple(draw.one([0, 1, 7, 63, 64, 65, 100, 130]) for _ in range(batch)),
+        slots=slots,
+        heads=kv_heads * draw.integer(1, 5),
+        kv_heads=kv_heads,
+        head_dim=draw.one([16, 48, 64]),
+        page_size=draw.one([16, 64]) if scheme.startswith("kivi") else draw.one([1, 5, 16, 70]),
+        group=draw.one([8, 16]) if scheme.startswith("kivi") else draw.one([None, 16, 1]),
+        layout=draw.one(["HND", "NHD"]),
+        seed=draw.integer(0, 10**6),
+        **options,
+    )
+    if batch and draw.chance(0.2):
+        given.page_table[0, 0] = -1
+    if batch and draw.chance(0.1):
+        given.kv_lens[0] = draw.one([-1, 2**30])
+    made = {"q": draw.layout(given.q), "pages": given.pages, "page_table": draw.layout(given.page_table)}
+    return made | {"kv_lens": given.kv_lens, **given.options}
+
+
+def prefix_attention(draw: Draw) -> dict[str, Any]:
+    groups = draw.integer(0, 4)
+    given = attention_inputs.make(
+        scheme=draw.one([*attention_inputs.SCHEMES, "fp8_static"]),
+        dtype=draw.one(DTYPES),
+        lens=tuple(draw.one([0, 1, 64, 65, 130]) for _ in range(groups)),
+        slots=draw.integer(1, 40),
+        tail=None,
+        seed=draw.integer(0, 10**6),
+    )
+    q = given.q.flatten(0, 1)
+    starts, _ = torch.sort(draw.integers(-1 if draw.chance(0.1) else 0, len(q), (groups + 1,), I32))
+    made = {"q": draw.layout(q), "pages": given.pages, "group_start": starts, "page_table": given.page_table}
+    return made | {"prefix_lens": given.kv_lens, "scale": draw.one([None, 0.3])}
+
+
+def merge_states(draw: Draw) -> dict[str, Any]:
+    states, rows, heads = draw.one([1, 2, 3, 16]), draw.integer(0, 40), draw.integer(1, 5)
+    dtype, head_dim = draw.one(DTYPES), draw.one([0, 1, 16, 33, 128])
+    lses = 5 * draw.floats((states, rows, heads), torch.float64 if dtype == torch.float64 else F32)
+    lses[torch.from_numpy(draw.rng.random(lses.shape) < 0.2)] = -INF
+    return {"outs": list(draw.floats((states, rows, heads, head_dim), dtype)), "lses": list(lses)}
+
+
 RULES = ("ratio", "block", "coupled", "typical", "typical, sampled", "top_beta")
 
 
@@ -544,7 +602,10 @@ CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "kv_flush_": kv_flush_,
     "kv_keep_": kv_keep_,
     "linear": linear,
+    "merge_states": merge_states,
+    "paged_attention": paged_attention,
     "penalize": penalize,
+    "prefix_attention": prefix_attention,
     "row_stats": row_stats,
     "sample": sample,
     "target_probs": target_probs,

@@ -184,9 +184,11 @@ def scaled(logits: Tensor, *, temperature: Tensor | None = None, bias: Tensor | 
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """An argument of an op with `function` applied to its tensors: a tensor, or pages of a cache."""
+    """An argument of an op with `function` applied to its tensors: a tensor, a list of them, or pages of a cache."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, list):
+        return [map_tensors(function, each) for each in value]
     if not isinstance(value, KVPages):
         return value
     named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

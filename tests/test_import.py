@@ -76,7 +76,7 @@ def cpu_ops() -> list[str]:
 def test_a_missing_cuda_kernel_names_the_device_and_the_fix(name):
     """Dispatched by hand, as a CUDA tensor would be: there is no GPU here."""
     op = getattr(torch.ops.fastdecode, name).default
-    values = {"Tensor": torch.zeros(1), "int": 1, "bool": True, "float": 1.0}
+    values = {"Tensor": torch.zeros(1), "List[Tensor]": [torch.zeros(1)], "int": 1, "bool": True, "float": 1.0}
     arguments = [values.get(str(argument.type)) for argument in op._schema.arguments]
     message = (
         rf"^{name}: no kernel for cpu: this fastdecode was built without CUDA .*-C cmake.define.FASTDECODE_CUDA=ON"

@@ -98,6 +98,34 @@ FD_INLINE FD_HD double exp_minus(double d) { return detail::exp_minus_double(d);
 
 namespace detail {
 
+// tanh, odd. Near 0 by the series of e^-d - 1, which 1 - e^-d would lose. Error under 4 ulp.
+template <class C, class N>
+FD_INLINE FD_HD N tanh_of(const N& x) {
+  constexpr int kTerms = std::is_same_v<C, double> ? 15 : 8;
+  const N zero = N{}, one = zero + C(1);
+  const N size = x < zero ? -x : x;
+  const N d = size + size;
+  N e;
+  if constexpr (std::is_same_v<C, double>) {
+    e = exp_minus_double<N>(d);
+  } else {
+    e = exp_minus_float<N>(d);
+  }
+  N series = one;  // (1 - e^-d) / d = 1 - d/2 (1 - d/3 (1 - ...)), d <= 1/2
+  for (int i = kTerms; i > 1; --i) series = one - d * series * (C(1) / C(i));
+  const N near = d * series;
+  const N lost = d <= zero + C(0.5) ? near : one - e;
+  const N y = lost / (one + one - lost);
+  return x < zero ? -y : (x == x ? y : x);
+}
+
+}  // namespace detail
+
+FD_INLINE FD_HD float tanh_(float x) { return detail::tanh_of<float>(x); }
+FD_INLINE FD_HD double tanh_(double x) { return detail::tanh_of<double>(x); }
+
+namespace detail {
+
 // log(2^e * (1 + f)) for f in [sqrt(1/2) - 1, sqrt(2) - 1]. Error under 1.5 ulp.
 FD_INLINE FD_HD float log_parts(float e, float f) {
   const float z = f * f;

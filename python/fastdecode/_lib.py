@@ -108,7 +108,8 @@ def refuse_cuda(names: Iterable[str]) -> None:
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(*arguments: object) -> NoReturn:
-        devices = {str(argument.device) for argument in arguments if hasattr(argument, "device")}
+        each = [t for argument in arguments for t in (argument if isinstance(argument, list) else [argument])]
+        devices = {str(t.device) for t in each if hasattr(t, "device")}
         raise NotImplementedError(f"{name}: no kernel for {', '.join(sorted(devices))}: {NO_CUDA}")
 
     return refuse

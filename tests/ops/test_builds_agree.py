@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attention_inputs
 import fastdecode
 import fastdecode.ops
 from chain_inputs import NEW_FILTERS, pack, random_inputs
@@ -232,6 +233,44 @@ def kv_keep_(dtype: torch.dtype) -> Iterator[dict]:
         yield {"pages": pages, "path": path, "num_keep": counts, "base_lens": torch.arange(30, dtype=I32) % 14, **given}
 
 
+def paged_attention(dtype: torch.dtype) -> Iterator[dict]:
+    """Every scheme. bfloat16 has products of its own on AVX-512, see tests/ops/test_paged_attention.py."""
+    for scheme in attention_inputs.SCHEMES if dtype != torch.bfloat16 else ():
+        for lens, window in (((1, 70, 33), None), ((1090, 250), 77)):
+            given = attention_inputs.make(
+                scheme=scheme, dtype=dtype, lens=lens, window=window, softcap=None if window else 5.0
+            )
+            yield {
+                "q": given.q,
+                "pages": given.pages,
+                "page_table": given.page_table,
+                "kv_lens": given.kv_lens,
+                **given.options,
+            }
+
+
+def prefix_attention(dtype: torch.dtype) -> Iterator[dict]:
+    for scheme in attention_inputs.SCHEMES if dtype != torch.bfloat16 else ():
+        given = attention_inputs.make(scheme=scheme, dtype=dtype, lens=(70, 0, 1100), slots=9, tail=None)
+        yield {
+            "q": given.q[0],
+            "pages": given.pages,
+            "group_start": torch.tensor([1, 3, 3, 8], dtype=I32),
+            "page_table": given.page_table,
+            "prefix_lens": given.kv_lens,
+        }
+
+
+def merge_states(dtype: torch.dtype) -> Iterator[dict]:
+    work = torch.float64 if dtype == torch.float64 else F32
+    for states in (1, 2, 16):
+        g = generator(93, states)
+        lses = (5 * torch.randn(states, 250, 4, generator=g, dtype=torch.float64)).to(work)
+        lses[torch.rand(lses.shape, generator=g) < 0.2] = -torch.inf
+        outs = torch.randn(states, 250, 4, 17, generator=g, dtype=torch.float64).to(dtype)
+        yield {"outs": list(outs), "lses": list(lses)}
+
+
 CALLS: dict[str, Callable[[torch.dtype], Iterator[dict]]] = {
     "apply_token_bitmask_": apply_token_bitmask_,
     "commit": commit,
@@ -240,8 +279,11 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[dict]]] = {
     "kv_flush_": kv_flush_,
     "kv_keep_": kv_keep_,
     "linear": linear,
+    "merge_states": merge_states,
     "pack_weight": pack_weight,
+    "paged_attention": paged_attention,
     "penalize": penalize,
+    "prefix_attention": prefix_attention,
     "row_stats": row_stats,
     "sample": sample,
     "target_probs": target_probs,

@@ -1,5 +1,6 @@
 """The kernels as typed functions; `torch.ops.fastdecode.<name>` is the same with every argument positional."""
 
+from .attention import Attention, Merged, merge_states, paged_attention, prefix_attention
 from .gemv import linear, pack_weight
 from .kv import Dequantised, kv_append_, kv_dequant, kv_flush_, kv_keep_
 from .kv_pages import KVPages
@@ -20,9 +21,11 @@ from .tree import TreeMask, tree_check, tree_mask
 from .verify import Committed, Verified, commit, verify_chain, verify_chain_greedy
 
 __all__ = [
+    "Attention",
     "Committed",
     "Dequantised",
     "KVPages",
+    "Merged",
     "Penalized",
     "RowStats",
     "Sampled",
@@ -38,8 +41,11 @@ __all__ = [
     "kv_flush_",
     "kv_keep_",
     "linear",
+    "merge_states",
     "pack_weight",
+    "paged_attention",
     "penalize",
+    "prefix_attention",
     "row_stats",
     "sample",
     "target_probs",

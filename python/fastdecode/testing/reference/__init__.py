@@ -4,6 +4,6 @@ Every decision comes with its margin, the distance from the point where it would
 of the compute dtype, a kernel may rightly decide otherwise, and only there.
 """
 
-from . import logits, rng, sample, tree, verify
+from . import attention, logits, rng, sample, tree, verify
 
-__all__ = ["logits", "rng", "sample", "tree", "verify"]
+__all__ = ["attention", "logits", "rng", "sample", "tree", "verify"]
