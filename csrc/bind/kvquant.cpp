@@ -1,4 +1,3 @@
-#if !defined(FD_CUDA) && !defined(FD_SIMT)  // no CUDA kernels yet
 #include "bind/kv.h"
 #include "kvquant/kv_append.h"
 #include "kvquant/kv_dequant.h"
@@ -195,4 +194,3 @@ STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {
   m.impl("kv_dequant", TORCH_BOX(&kv_dequant));
   m.impl("kv_keep_", TORCH_BOX(&kv_keep));
 }
-#endif

@@ -167,6 +167,18 @@ FD_INLINE FD_HD bool is_finite(C x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Rotary embedding
+
+template <class C>
+struct Pair {
+  C first, second;
+};
+template <class T, class C>
+FD_INLINE FD_HD Pair<T> rotate_pair(C a, C b, C cosine, C sine) {
+  return {store<T, false>(a * cosine - b * sine), store<T, false>(b * cosine + a * sine)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Scales of fp8
 
 // max |x| / largest in float32, but a normal number: so 0 is no special case.

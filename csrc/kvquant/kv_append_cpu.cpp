@@ -6,24 +6,17 @@
 namespace fastdecode::FD_ISA {
 namespace {
 
-// Pairs of channels turned by their angle: products and sums each rounded once, then to T.
+// Pairs of channels turned by their angle.
 template <class T, class C>
 FD_ROW void rotate(const T* x, const C* cosine, int64_t head_dim, bool interleaved, C* out) {
   const int64_t half = head_dim / 2;
   const C* sine = cosine + half;
-  auto rounded = [](C value) { return static_cast<C>(load(store<T, false>(value))); };
-  if (interleaved) {
-    for (int64_t i = 0; i < half; ++i) {
-      const C a = load(x[2 * i]), b = load(x[2 * i + 1]);
-      out[2 * i] = rounded(a * cosine[i] - b * sine[i]);
-      out[2 * i + 1] = rounded(b * cosine[i] + a * sine[i]);
-    }
-  } else {
-    for (int64_t i = 0; i < half; ++i) {
-      const C a = load(x[i]), b = load(x[half + i]);
-      out[i] = rounded(a * cosine[i] - b * sine[i]);
-      out[half + i] = rounded(b * cosine[i] + a * sine[i]);
-    }
+  for (int64_t i = 0; i < half; ++i) {
+    const int64_t first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : half + i;
+    const C a = load(x[first]), b = load(x[second]);
+    const Pair<T> turned = rotate_pair<T>(a, b, cosine[i], sine[i]);
+    out[first] = load(turned.first);
+    out[second] = load(turned.second);
   }
 }
 

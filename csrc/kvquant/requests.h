@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/cpu_level.h"
 #include "core/kv.h"
 #include "kvquant/kv_flush.h"
 #include "kvquant/kv_keep.h"

@@ -20,8 +20,6 @@ from support import DTYPES, same_bits
 
 SHAPES = [(64, 64), (96, 32), (16, 4), (128, 128), (10, 2), (6, 3), (256, 64)]  # head_dim, group
 
-pytestmark = pytest.mark.backends("cpu")
-
 
 @pytest.mark.thin
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,8 +9,6 @@ from fastdecode.testing.reference import kv as reference
 from kv_inputs import I32, KIVI, SCHEMES, make_pages
 from support import DTYPES, same_bits
 
-pytestmark = pytest.mark.backends("cpu")
-
 
 @pytest.mark.thin
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,8 +8,6 @@ import torch
 from fastdecode.testing.reference import kv as reference
 from kv_inputs import I32, KIVI, SCHEMES, assert_same_pages, copy_of, make_pages
 
-pytestmark = pytest.mark.backends("cpu")
-
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_equals_reference(ops, scheme):
