@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -112,7 +113,9 @@ void start_block(int slot, uint64_t number) {
   wake_all(block);
 }
 
-void check_launch(const std::string& kernel, dim3 size, dim3 block, size_t shared_bytes) {
+std::map<const void*, size_t> allowed_shared;
+
+void check_launch(const std::string& kernel, const void* address, dim3 size, dim3 block, size_t shared_bytes) {
   auto check = [&](bool good, const char* what, dim3 got, const char* expected) {
     if (good) return;
     throw Error(text(kernel, ": ", what, ": expected ", expected, ", got ", position(got)));
@@ -122,8 +125,11 @@ void check_launch(const std::string& kernel, dim3 size, dim3 block, size_t share
   check(block.x && block.y && block.z && block.z <= 64 && uint64_t{block.x} * block.y <= kMaxThreads &&
             block.x * block.y * block.z <= kMaxThreads,
         "block", block, "1..1024 threads, at most 64 in z");
-  if (shared_bytes > kMaxShared) {
-    throw Error(text(kernel, ": dynamic shared memory: expected at most ", kMaxShared, " bytes, got ", shared_bytes));
+  const auto allowed = allowed_shared.find(address);
+  const size_t limit = allowed == allowed_shared.end() ? kMaxStaticShared : std::max(kMaxStaticShared, allowed->second);
+  if (shared_bytes > std::min(limit, kMaxShared)) {
+    throw Error(text(kernel, ": dynamic shared memory: expected at most ", std::min(limit, kMaxShared), " bytes, got ",
+                     shared_bytes, limit < kMaxShared ? "; FD_ALLOW_SHARED allows more" : ""));
   }
 }
 
@@ -179,11 +185,14 @@ uint64_t block_barrier(Call call, uint64_t value, Site site) {
 
 void report(const std::string& what, const Thread* thread) { throw Error(thread ? located(what, *thread) : what); }
 
-void run_grid(const char* kernel, dim3 size, dim3 block_size, size_t shared_bytes, void (*body)(void*), void* context) {
+void allow_shared(const void* kernel, size_t bytes) { allowed_shared[kernel] = bytes; }
+
+void run_grid(const char* name, const void* kernel, dim3 size, dim3 block_size, size_t shared_bytes,
+              void (*body)(void*), void* context) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  grid.kernel = kernel[0] == '(' ? std::string(kernel + 1, std::strlen(kernel) - 2) : kernel;  // (kernel<A, B>)
-  check_launch(grid.kernel, size, block_size, shared_bytes);
+  grid.kernel = name[0] == '(' ? std::string(name + 1, std::strlen(name) - 2) : name;  // (kernel<A, B>)
+  check_launch(grid.kernel, kernel, size, block_size, shared_bytes);
   const Config settings = config();
   const uint64_t count = uint64_t{size.x} * size.y * size.z;
   const int live = static_cast<int>(std::min<uint64_t>(count, std::clamp(settings.live_blocks, 1, kMaxLiveBlocks)));

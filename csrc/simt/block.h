@@ -44,6 +44,7 @@ enum class Call : uint8_t {
   kReduceAnd,
   kReduceOr,
   kReduceXor,
+  kOperation,
 };
 
 struct Site {
@@ -124,6 +125,12 @@ extern Grid grid;
 extern Thread* current;           // nullptr outside kernels
 extern int switches_until_yield;  // preemption points to pass until the next one that gives way
 
+// What a lane brings to an operation of its whole warp (ldmatrix, mma), which run() does for all lanes at once.
+struct LaneOperands {
+  const char* name;
+  void (*run)(LaneOperands* const* lanes);
+};
+
 // For the calls in kernels.
 uint64_t block_barrier(Call call, uint64_t value, Site site);
 struct Source {
@@ -131,6 +138,7 @@ struct Source {
   int width = 32;
 };
 uint64_t collective(Call call, uint32_t mask, uint64_t value, Source source, const char* file, int line);
+void warp_operation(LaneOperands& mine, const char* file, int line);
 void yield();
 inline void preemption_point() {
   if (current && --switches_until_yield < 0) yield();

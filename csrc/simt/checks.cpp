@@ -38,6 +38,7 @@ static const char* name(Call call) {
     case Call::kReduceAnd: return "__reduce_and_sync";
     case Call::kReduceOr: return "__reduce_or_sync";
     case Call::kReduceXor: return "__reduce_xor_sync";
+    case Call::kOperation: return "warp operation";
   }
   return "?";
 }

@@ -20,6 +20,7 @@ inline constexpr int warpSize = 32;
 
 #define FD_LAUNCH(kernel, grid, block, smem, stream, ...) \
   ::fastdecode::simt::launch(#kernel, grid, block, smem, stream, kernel __VA_OPT__(, ) __VA_ARGS__)
+#define FD_ALLOW_SHARED(kernel, smem) ::fastdecode::simt::allow_shared(reinterpret_cast<const void*>(kernel), smem)
 #define FD_SHARED(Type, name)                                  \
   static ::fastdecode::simt::SharedSlot fd_shared_slot_##name; \
   Type& name = ::fastdecode::simt::shared<Type>(fd_shared_slot_##name)

@@ -52,8 +52,12 @@ T& shared(SharedSlot& slot) {
   return *static_cast<T*>(shared_memory(slot, sizeof(T), alignof(T)));
 }
 
+// Lets launches of this kernel have more than 48 KiB of dynamic shared memory.
+void allow_shared(const void* kernel, size_t bytes);
+
 // One grid, to its end. body(context) is the kernel with its arguments, called once by each thread.
-void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
+void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
+              void* context);
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const void* /*stream: all are in order*/,
@@ -65,7 +69,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
     std::tuple<Parameters...> values;  // converted once, copied into every thread
   } call{kernel, {std::forward<Arguments>(arguments)...}};
   run_grid(
-      name, grid, block, shared_bytes,
+      name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](void* context) {
         const Call& c = *static_cast<Call*>(context);
         std::apply(c.kernel, c.values);

@@ -65,6 +65,11 @@ void complete(Call call, Warp& warp, uint32_t members) {
     case Call::kReduceAnd: return reduce(~0u, [](uint32_t a, uint64_t b) { return a & b; });
     case Call::kReduceOr: return reduce(0u, [](uint32_t a, uint64_t b) { return a | b; });
     case Call::kReduceXor: return reduce(0u, [](uint32_t a, uint64_t b) { return a ^ b; });
+    case Call::kOperation: {
+      LaneOperands* operands[kWarpSize];
+      for (int i = 0; i < kWarpSize; ++i) operands[i] = reinterpret_cast<LaneOperands*>(values[i]);
+      return operands[0]->run(operands);
+    }
     default: return;  // __syncwarp
   }
 }
@@ -135,6 +140,11 @@ uint64_t collective(Call call, uint32_t mask, uint64_t value, Source source, con
   }
   me.call = Call::kNone;
   return warp.results[me.lane];
+}
+
+void warp_operation(LaneOperands& mine, const char* file, int line) {
+  if (current->warp->exists != ~0u) fault(mine.name, " (", Site{file, line}, ") needs all 32 lanes of a warp");
+  collective(Call::kOperation, ~0u, reinterpret_cast<uint64_t>(&mine), {}, file, line);
 }
 
 }  // namespace fastdecode::simt

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "core/cuda/draw.cuh"
 #include "core/cuda/law.cuh"
+#include "core/cuda/mma.cuh"
 #include "core/cuda/sort.cuh"
 
 using namespace fastdecode::FD_ISA;
@@ -218,6 +219,93 @@ void test_leaders() {
   }
 }
 
+// ---- mma.cuh ----
+
+template <class T>
+struct alignas(16) Matrices {
+  T a[16][16 + 8];          // row by row
+  T b_columns[16][16 + 8];  // b, 16 x 16, column by column
+  T b_rows[16][16 + 8];     // and row by row
+};
+
+// Every warp: c += a b, twice, with b as it lies in each of the two.
+template <class T>
+__global__ void multiply(const T* a, const T* b, float* out) {
+  FD_SHARED(Matrices<T>, s);
+  for (int i = static_cast<int>(threadIdx.x); i < 256; i += static_cast<int>(blockDim.x)) {
+    s.a[i / 16][i % 16] = a[i];
+    s.b_rows[i / 16][i % 16] = b[i];
+    s.b_columns[i % 16][i / 16] = b[i];
+  }
+  __syncthreads();
+  const int lane = lane_id();
+  uint32_t left[4], right[4];
+  load_matrices(&s.a[lane % 16][lane / 16 * 8], left);
+  for (int way = 0; way < 2; ++way) {
+    if (way == 0) load_matrices(&s.b_columns[lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8], right);
+    if (way == 1) load_matrices<true>(&s.b_rows[lane % 16][lane / 16 * 8], right);
+    for (int half = 0; half < 2; ++half) {
+      float c[4];
+      for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(lane + i);
+      multiply_add<T>(c, left, right[2 * half], right[2 * half + 1]);
+      for (int i = 0; i < 4; ++i)
+        out[((warp_id() * 2 + way) * 16 + lane / 4 + i / 2 * 8) * 16 + 8 * half + lane % 4 * 2 + i % 2] =
+            c[i] - static_cast<float>(lane + i);
+    }
+  }
+}
+
+// Numbers of few bits, whose sums are exact in any order.
+template <class T>
+void test_products() {
+  for (int repeat = 0; repeat < 4; ++repeat) {
+    Buffer<T> a(256), b(256);
+    Buffer<float> out(2 * 2 * 256);
+    for (T& value : a) value = store<T, false>(static_cast<float>(below(65) - 32) / 8);
+    for (T& value : b) value = store<T, false>(static_cast<float>(below(65) - 32) / 8);
+    LAUNCH((multiply<T>), 1, 64, 0, nullptr, a.data(), b.data(), out.data());
+    for (int row = 0; row < 16; ++row)
+      for (int column = 0; column < 16; ++column) {
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += load(a[row * 16 + k]) * load(b[k * 16 + column]);
+        for (int way = 0; way < 4; ++way)
+          CHECK_EQUAL(out[(way * 16 + row) * 16 + column], sum, "element " + std::to_string(row * 16 + column));
+      }
+  }
+}
+
+template <class T>
+__global__ void pack_pairs(const float* x, uint32_t* out) {
+  out[threadIdx.x] = pack<T>(x[2 * threadIdx.x], x[2 * threadIdx.x + 1]);
+}
+
+// Rounding, written out as one double: nearest, ties to even, subnormals and overflow as well.
+template <class T>
+void test_packing() {
+  constexpr int kPairs = 512, kMantissa = std::is_same_v<T, Half> ? 10 : 7,
+                kLeast = std::is_same_v<T, Half> ? -14 : -126;
+  const double largest = std::is_same_v<T, Half> ? 65504.0 : 0x1.fep127;
+  Buffer<float> x(2 * kPairs);
+  Buffer<uint32_t> out(kPairs);
+  for (float& value : x) {
+    value = std::ldexp(static_cast<float>(below(1 << 13) - (1 << 12)),
+                       below(2) ? -8 : below(kLeast * -2 + 20) + kLeast - 20);
+  }
+  x[0] = 65519.9f, x[1] = 65520.0f, x[2] = INFINITY, x[3] = -INFINITY, x[4] = 0.0f, x[5] = -0.0f;
+  LAUNCH((pack_pairs<T>), 1, kPairs, 0, nullptr, x.data(), out.data());
+  for (int i = 0; i < 2 * kPairs; ++i) {
+    const double value = x[i];
+    int exponent;
+    std::frexp(value, &exponent);
+    const double ulp = std::ldexp(1.0, std::max(exponent - 1, kLeast) - kMantissa);
+    double expected = std::isinf(value) ? value : std::nearbyint(value / ulp) * ulp;
+    if (std::fabs(expected) > largest) expected = std::copysign(INFINITY, value);
+    const T got{static_cast<uint16_t>(out[i / 2] >> 16 * (i % 2))};
+    CHECK_EQUAL(static_cast<double>(load(got)), expected, "rounding " + std::to_string(value));
+    CHECK_EQUAL(std::signbit(load(got)), std::signbit(value), "the sign of " + std::to_string(value));
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -240,6 +328,10 @@ int main(int, char** arguments) {
   test_selection<Half>();
   test_selection<BFloat16>();
   test_leaders();
+  test_products<Half>();
+  test_products<BFloat16>();
+  test_packing<Half>();
+  test_packing<BFloat16>();
   std::cout << failures() << " failures\n";
   return failures() != 0;
 }

@@ -472,6 +472,8 @@ void test_launch_limits() {
   check_error([] { LAUNCH(nothing, 1, 1025, 0, nullptr); }, "block");
   check_error([] { LAUNCH(nothing, 1, dim3(1, 1, 65), 0, nullptr); }, "at most 64 in z");
   check_error([] { LAUNCH(nothing, 1, dim3(65536, 65536, 1), 0, nullptr); }, "block");
+  check_error([] { LAUNCH(nothing, 1, 32, 49153, nullptr); }, "at most 49152 bytes, got 49153; FD_ALLOW_SHARED");
+  FD_ALLOW_SHARED(nothing, 232448);
   check_error([] { LAUNCH(nothing, 1, 32, 300000, nullptr); }, "dynamic shared memory: expected at most 232448");
   check_error([] { LAUNCH(shared_too_large, 1, 1, 0, nullptr); }, "shared memory: expected at most 49152");
   LAUNCH(nothing, dim3(1, 1, 2), dim3(1, 16, 64), 232448, nullptr);

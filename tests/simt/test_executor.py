@@ -100,6 +100,8 @@ REPORTS = {
     ),
     "caller": rf"vote_without_caller{AT}mask: __any_sync \(wrong.cu:LINE\) has mask 0x7fffffff, which lacks .* lane 31",
     "dynamic": rf"one_past_dynamic{AT}out of bounds: a thread of its block has written byte 512 of a 512-byte .*",
+    "large": r"fill_large: dynamic shared memory: expected at most 49152 bytes, got 51200; FD_ALLOW_SHARED allows more",
+    "fragment": rf"load_fragment{AT}ldmatrix \(.*mma.cuh:\d+\) needs all 32 lanes of a warp",
     "unwaited": rf"copy_two{AT}asynchronous copies: it exits without having waited for 1 of them",
     "misaligned": rf"load_vectors{AT}misaligned access of 16 bytes at 0x[0-9a-f]*[48c] \(wrong.cu:LINE\)",
 }

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "core/cuda/async.cuh"
+#include "core/cuda/mma.cuh"
 
 namespace simt = fastdecode::simt;
 using namespace fastdecode::FD_ISA;
@@ -328,6 +329,47 @@ std::string run_global(bool right) {
   return compare(out, ramp(100));
 }
 
+// ---- more dynamic shared memory than a kernel has unless asked for ----
+
+__global__ void fill_large(float* out) {
+  FD_DYNAMIC_SHARED(float, s);
+  const int t = static_cast<int>(threadIdx.x);
+  s[100 * t] = static_cast<float>(t + 1);
+  out[t] = s[100 * t];
+}
+
+std::string run_large(bool right) {
+  constexpr size_t kBytes = 100 * kThreads * sizeof(float);
+  std::vector<float> out(kThreads);
+  FD_ALLOW_SHARED(fill_large, right ? kBytes : 0);
+  FD_LAUNCH(fill_large, 1, kThreads, kBytes, nullptr, out.data());  // fault: large
+  return compare(out, ramp(kThreads));
+}
+
+// ---- a fragment of a matrix in half a warp ----
+
+struct alignas(16) Rows {
+  uint16_t values[32][8];
+};
+
+__global__ void load_fragment(float* out) {
+  FD_SHARED(Rows, s);
+  const int t = static_cast<int>(threadIdx.x);
+  for (int row = t; row < 32; row += static_cast<int>(blockDim.x))
+    for (int i = 0; i < 8; ++i) s.values[row][i] = static_cast<uint16_t>(row + 1);
+  __syncthreads();
+  uint32_t words[4];
+  load_matrices(s.values[t], words);  // fault: fragment
+  out[t] = static_cast<float>(words[t / 8] & 0xffff);
+}
+
+std::string run_fragment(bool right) {
+  std::vector<float> out(right ? 32 : 16), expected;
+  for (int t = 0; t < 32; ++t) expected.push_back(static_cast<float>(t / 8 * 8 + t / 4 + 1));
+  FD_LAUNCH(load_fragment, 1, right ? 32 : 16, 0, nullptr, out.data());
+  return compare(out, expected);
+}
+
 const std::map<std::string, std::function<std::string(bool)>> cases = {
     {"diverge", run_diverge},     {"leave", run_leave},
     {"deadlock", run_deadlock},   {"barrier", run_barrier},
@@ -337,6 +379,7 @@ const std::map<std::string, std::function<std::string(bool)>> cases = {
     {"bounds", run_bounds},       {"dynamic", run_dynamic},
     {"global", run_global},       {"uninitialised", run_uninitialised},
     {"redundant", run_redundant}, {"unwaited", run_unwaited},
+    {"large", run_large},         {"fragment", run_fragment},
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The words that kernels are written in: CUDA's own under nvcc; under the host's compiler csrc/simt gives them the same
 // meaning and runs them. Launches and shared memory are macros, so that both can.
 //   FD_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, arguments...)
+//   FD_ALLOW_SHARED((kernel<T>), shared_bytes): before a launch with more than 48 KiB of dynamic shared memory
 //   FD_SHARED(Type, name): a trivially constructible struct, one per block and place in the program
 //   FD_DYNAMIC_SHARED(Type, name): Type* to the launch's shared_bytes, aligned to 16
 #pragma once
@@ -17,6 +18,8 @@
 
 #define FD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define FD_ALLOW_SHARED(kernel, shared_bytes) \
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))
 #define FD_SHARED(Type, name) __shared__ Type name
 #define FD_DYNAMIC_SHARED(Type, name)                                \
   extern __shared__ __align__(16) unsigned char fd_dynamic_shared[]; \
