@@ -6,8 +6,6 @@ from attention_inputs import SCHEMES, Inputs, make, plain_attention
 from fastdecode.testing.reference import attention as reference
 from support import DTYPES, assert_as_good_as_torch
 
-pytestmark = pytest.mark.backends("cpu")  # until the CUDA kernels are there
-
 
 def check(ops, inputs: Inputs, what: str = "") -> None:
     """Against the reference, by the rule of `assert_as_good_as_torch`."""
