@@ -5,6 +5,7 @@ from .cache import ContiguousKVCache, TokenCache
 from .checkpoint import NativeConfig
 from .huggingface import HuggingFaceCache, HuggingFaceModel
 from .native import NativeModel, load_model
+from .paged_cache import KVCacheConfig, PagedKVCache
 from .tabular import TabularLM
 from .tokenizer import IncrementalDecoder, Tokenizer
 
@@ -15,11 +16,13 @@ __all__ = [
     "HuggingFaceModel",
     "IncrementalDecoder",
     "KVCache",
+    "KVCacheConfig",
     "Model",
     "ModelConfig",
     "NativeConfig",
     "NativeModel",
     "Output",
+    "PagedKVCache",
     "TabularLM",
     "TokenCache",
     "Tokenizer",

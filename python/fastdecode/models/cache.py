@@ -288,6 +288,16 @@ class ContiguousKVCache(RowCache):
         """Values, as `k`."""
         return self._stores[1]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of keys and values, unused room included."""
+        return sum(store.numel() * store.element_size() for store in self._stores)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of a cached number."""
+        return 8.0 * self.k.element_size()
+
 
 class TokenCache(RowCache):
     """The tokens themselves, int64 [B, capacity]: the cache of a model that needs no other state."""

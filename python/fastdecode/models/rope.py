@@ -151,7 +151,7 @@ class RopeTable:
     float64 for float64 models.
     """
 
-    __slots__ = ("_config", "_device", "_dtype", "_table", "limit")
+    __slots__ = ("_config", "_device", "_dtype", "_halves", "_table", "limit")
 
     def __init__(self, config: RopeConfig, limit: int, dtype: torch.dtype, device: torch.device) -> None:
         self._config = config
@@ -159,12 +159,21 @@ class RopeTable:
         self._device = device
         self.limit = limit
         self._table = self._build(0)
+        self._halves: Tensor | None = None
 
     def upto(self, count: int) -> Tensor:
         """The table with at least `count` positions."""
         if count > self._table.shape[0]:
             self._table = self._build(max(count, min(self.limit, 2 * count), 64))
+            self._halves = None
         return self._table
+
+    def halves(self, count: int) -> Tensor:
+        """The same as [positions, 2, head_dim / 2], cosines before sines: what `ops.kv_append_` takes."""
+        table = self.upto(count)
+        if self._halves is None:
+            self._halves = torch.stack((table.real, table.imag), 1)
+        return self._halves
 
     def _build(self, count: int) -> Tensor:
         inverse, scale = self._config.inverse_frequencies(self._dtype)
