@@ -18,7 +18,7 @@ import attention_inputs
 import fastdecode.ops
 from fastdecode.ops import KVPages
 from kv_inputs import KIVI, SCHEMES, hostile_tokens, make_pages, some_rope, some_slots
-from support import DTYPES, hostile, map_tensors, tensors_of, views
+from support import DTYPES, hostile, map_tensors, same_bits, tensors_of, views
 
 I32, I64, F32 = torch.int32, torch.int64, torch.float32
 NAN, INF = float("nan"), float("inf")
@@ -306,21 +306,34 @@ def paged_attention(draw: Draw) -> dict[str, Any]:
         options["tree_mask"] = draw.integers(-(2**31), 2**31 - 1, (batch, slots, words), I32)
     elif draw.chance(0.3):
         options["causal"] = False
+    own_coded = scheme.startswith("kivi") and draw.chance(0.4)
+    dtype = draw.one(DTYPES)
     given = attention_inputs.make(
         scheme=scheme,
-        dtype=draw.one(DTYPES),
-        cache_dtype=draw.one(DTYPES),
-        lens=tuple(draw.one([0, 1, 7, 63, 64, 65, 100, 130]) for _ in range(batch)),
+        dtype=dtype,
+        cache_dtype=draw.one([dtype, *DTYPES]),
+        lens=tuple(draw.one([0, 1, 7, 63, 64, 65, 100, 130, 511, 513, 1100]) for _ in range(batch)),
         slots=slots,
         heads=kv_heads * draw.integer(1, 5),
         kv_heads=kv_heads,
-        head_dim=draw.one([16, 48, 64]),
+        head_dim=draw.one([16, 48, 64, 128, 256]),
+        tail=None if own_coded else draw.one([20, 20, 600]),
         page_size=draw.one([16, 64]) if scheme.startswith("kivi") else draw.one([1, 5, 16, 70]),
         group=draw.one([8, 16]) if scheme.startswith("kivi") else draw.one([None, 16, 1]),
         layout=draw.one(["HND", "NHD"]),
         seed=draw.integer(0, 10**6),
         **options,
     )
+    if own_coded:  # all is in pages, and the newest tokens in the rings as well, with other values
+        for tail in (given.pages.k_tail, given.pages.v_tail):
+            assert tail is not None
+            tail.copy_(draw.floats(tuple(tail.shape)))
+            size = tail.shape[1]
+        given.options["tail_lens"] = torch.minimum(given.kv_lens, draw.integers(0, size, (batch,), I32))
+        first, share = given.kv_lens - given.options["tail_lens"], draw.integers(0, 4, (batch, slots), I32)
+        given.options["coded_lens"] = first[:, None] + given.options["tail_lens"][:, None] * share // 4
+        if batch and draw.chance(0.1):
+            given.options["coded_lens"][0, 0] += draw.one([-1, 1000])
     if batch and draw.chance(0.2):
         given.page_table[0, 0] = -1
     if batch and draw.chance(0.1):
@@ -629,6 +642,33 @@ def call(op: str, seed: int) -> dict[str, Any]:
     if seed < len(TELLING.get(op, ())):
         return TELLING[op][seed]()
     return CALLS[op](Draw(OPS.index(op), seed))
+
+
+# Ops whose sums every device takes in an order of its own, with how many float outputs come first: these agree to a
+# tolerance, all else in every bit.
+ROUNDED = {"paged_attention": 2, "prefix_attention": 2, "merge_states": 2}
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+def agree(op: str, want: list[Tensor], got: list[Tensor]) -> bool:
+    """Whether two devices' `outputs` are the same."""
+    floats = ROUNDED.get(op, 0)
+    return all(map(same_bits, want[floats:], got[floats:])) and all(
+        _close(a, b, _TOLERANCE[want[0].dtype]) for a, b in zip(want[:floats], got[:floats], strict=True)
+    )
+
+
+def _close(want: Tensor, got: Tensor, tolerance: float) -> bool:
+    """inf and NaN in the same places, and no error larger than this part of the largest value, or of 1."""
+    if want.dtype != got.dtype or want.shape != got.shape:
+        return False
+    finite, number = want.isfinite(), ~want.isnan()
+    if not (torch.equal(finite, got.isfinite()) and torch.equal(number, ~got.isnan())):
+        return False
+    if not torch.equal(want[number & ~finite], got[number & ~finite]):
+        return False
+    error = (want[finite].double() - got[finite].double()).abs()
+    return error.numel() == 0 or bool(error.max() <= tolerance * max(1.0, float(want[finite].abs().max())))
 
 
 def outputs(ops: Any, op: str, arguments: dict[str, Any]) -> list[Tensor]:

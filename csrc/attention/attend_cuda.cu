@@ -124,11 +124,11 @@ __global__ void __launch_bounds__(kBlockThreads) check_kernel(AttendArgs a) {
     const int64_t capacity = a.max_pages * page_size;
     bool bad_length = false;
     int64_t queries = 0, in_pages = length - tail;
-    if (a.group_start) {  // starts must rise: one that does not leaves no row's group certain
-      for (int64_t g = threadIdx.x; g <= a.batch; g += kBlockThreads) {
-        const int64_t start = a.group_start[g];
-        bad_length |= start < 0 || start > a.num_rows || (g > 0 && start < a.group_start[g - 1]);
-      }
+    if (a.group_start) {
+      bad_length = a.group_start[request] < 0 || a.group_start[request + 1] > a.num_rows;
+      // Rows find their group by bisection: where starts do not rise, no group can be trusted.
+      for (int64_t g = threadIdx.x; g < a.batch; g += kBlockThreads)
+        bad_length |= a.group_start[g + 1] < a.group_start[g];
     } else {
       queries = queries_of(a, request);
       bad_length = queries < 0 || queries > a.num_slots || queries > length;
