@@ -22,6 +22,7 @@ int64_t attend_scratch_bytes(const AttendArgs&, const Exec&);
 void attend(const AttendArgs&, const Exec&);
 }  // namespace cuda
 namespace FD_ISA {
+int64_t attend_scratch_bytes(const AttendArgs&, const Exec&);
 void attend(const AttendArgs&, const Exec&);
 
 inline AttendArgs attend_args(const PrefixAttentionArgs& a) {

@@ -1,0 +1,458 @@
+// The keys and values of a tile in the forms that products want, one class for each kind of arithmetic. A class says
+// in which order its sums over values hold the channels, and takes 0 for keys that nobody sees.
+#pragma once
+
+#include "attention/load_token.h"
+#include "attention/product.h"
+
+namespace fastdecode::FD_ISA {
+
+inline constexpr int64_t kRows = 128;  // queries, times their heads that share a key, that see a tile once loaded
+
+constexpr int64_t round_up(int64_t n, int64_t unit = 64) { return ceil_div(n, unit) * unit; }
+
+// Rows of a sequence that share one kv head: node 0 with each of its `heads`, node 1, ...
+struct Block {
+  Sequence s;
+  int64_t kv_head, heads, first, rows;
+
+  int64_t node(int64_t r) const { return (first + r) / heads; }
+  int64_t head(int64_t r) const { return kv_head * heads + (first + r) % heads; }
+  const std::byte* query(const AttendArgs& a, int64_t r) const {
+    return s.q + (node(r) * a.q_slot_stride + head(r) * a.q_head_stride) * element_size(a.dtype);
+  }
+};
+
+// Pieces of one allocation, each on a cache line; of none, to count its bytes.
+class Carve {
+ public:
+  explicit Carve(void* memory) : memory_(static_cast<std::byte*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = bytes_;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)));
+    return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
+  }
+  template <class T>
+  T* take_zeros(int64_t count) {
+    T* here = take<T>(count);
+    if (here) std::memset(static_cast<void*>(here), 0, count * sizeof(T));
+    return here;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* memory_;
+  int64_t bytes_ = 0;
+};
+
+#if FD_CPU_LEVEL >= 4
+// to [i * kKeys + key] = row `key` [i] for 16 keys and i < n.
+FD_ROW inline void transpose(const uint32_t* const* rows, int64_t n, uint32_t* to) {
+  for (int64_t first = 0; first < n; first += 16) {
+    const int64_t left = n - first;
+    const __mmask16 inside = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    __m512i x[16], y[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_maskz_loadu_epi32(inside, rows[i] + first);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+      y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+      x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+      x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+      x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // x[4 * block + i]: rows 4 * block and on, columns i, i + 4, i + 8, i + 12
+      y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+      y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+      y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+      y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i column[4] = {
+          _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88), _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88),
+          _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd), _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd)};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+        if (first + 4 * j + i < n) _mm512_storeu_si512(to + (first + 4 * j + i) * kKeys, column[j]);
+    }
+  }
+}
+#endif
+
+// float or double: everything is converted to C.
+template <class C>
+class NumberTile {
+ public:
+  using Compute = C;
+
+  NumberTile(const AttendArgs& args, Carve& carve)
+      : a(args),
+        D(args.pages.head_dim),
+        q(carve.take<C>(kRows * D)),
+        keys(carve.take<C>(kKeys * D)),
+        values(carve.take<C>(kKeys * D)),
+        rows(carve.take<C>(16 * D)) {}
+
+  static int64_t width(int64_t head_dim) { return head_dim; }
+  static int64_t place(int64_t channel) { return channel; }
+
+  void load_queries(const Block& block) {
+    for (int64_t r = 0; r < block.rows; ++r) load_plain(a.dtype, block.query(a, r), D, q + r * D);
+  }
+
+  void load(const Block& block, bool ring, int64_t first, uint64_t any) {
+    for (int64_t low = 0; low < kKeys; low += 16) {
+      for (int64_t key = low; key < low + 16; ++key) {
+        C *row = rows + (key - low) * D, *value = values + key * D;
+        if (any >> key & 1) {
+          load_key(a, block.s, ring, first + key, block.kv_head, row);
+          load_value(a, block.s, ring, first + key, block.kv_head, value);
+        } else {
+          for (int64_t d = 0; d < D; ++d) row[d] = value[d] = 0;
+        }
+      }
+#if FD_CPU_LEVEL >= 4
+      if constexpr (std::is_same_v<C, float>) {
+        const uint32_t* from[16];
+        for (int64_t i = 0; i < 16; ++i) from[i] = reinterpret_cast<const uint32_t*>(rows + i * D);
+        transpose(from, D, reinterpret_cast<uint32_t*>(keys) + low);
+        continue;
+      }
+#endif
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t i = 0; i < 16; ++i) keys[d * kKeys + low + i] = rows[i * D + d];
+    }
+  }
+
+  // weights [rows, kKeys] = q.k
+  void multiply_keys(int64_t num_rows, C* weights) {
+    product<Numbers<C>, false>(num_rows, kKeys, D, q, D, keys, kKeys, weights, kKeys);
+  }
+  // totals [rows, width] += weights values
+  void add_values(int64_t num_rows, const C* weights, C* totals) {
+    product<Numbers<C>, true>(num_rows, D, kKeys, weights, kKeys, values, D, totals, D);
+  }
+
+ private:
+  const AttendArgs& a;
+  const int64_t D;
+  C *q, *keys, *values, *rows;
+};
+
+#if FD_CPU_LEVEL >= 4
+
+// bfloat16 queries; keys, values and weights are bfloat16, sums float.
+class PairTile {
+ public:
+  using Compute = float;
+
+  PairTile(const AttendArgs& args, Carve& carve)
+      : a(args),
+        D(args.pages.head_dim),
+        q(carve.take<uint32_t>(kRows * D / 2)),
+        keys(carve.take<uint32_t>(kKeys * D / 2)),
+        values(carve.take<uint32_t>(kKeys / 2 * width(D))),
+        weights16(carve.take<uint32_t>(kRows * kKeys / 2)),
+        converted(carve.take<BFloat16>(2 * kKeys * D)),
+        numbers(carve.take<float>(D)),
+        nothing(carve.take_zeros<BFloat16>(D)) {}
+
+  // Values of two keys are interleaved within 16 bytes.
+  static int64_t width(int64_t head_dim) { return round_up(head_dim, 32); }
+  static int64_t place(int64_t channel) {
+    return channel / 32 * 32 + channel % 8 / 4 * 16 + channel % 32 / 8 * 4 + channel % 4;
+  }
+
+  void load_queries(const Block& block) {
+    for (int64_t r = 0; r < block.rows; ++r) std::memcpy(q + r * D / 2, block.query(a, r), D * 2);
+  }
+
+  void load(const Block& block, bool ring, int64_t first, uint64_t any) {
+    const KVPages& p = a.pages;
+    const bool direct = ring ? p.tail_dtype == DType::kBFloat16 : p.scheme == kKVPlain && p.dtype == DType::kBFloat16;
+    const uint32_t* k_rows[kKeys];
+    const __m512i* v_rows[kKeys];
+    for (int64_t key = 0; key < kKeys; ++key) {
+      const void *k = nothing, *v = nothing;
+      if (any >> key & 1) {
+        if (direct) {
+          k = where(p.k, block, ring, first + key);
+          v = where(p.v, block, ring, first + key);
+        } else {
+          load_key(a, block.s, ring, first + key, block.kv_head, numbers);
+          k = convert(converted + key * D);
+          load_value(a, block.s, ring, first + key, block.kv_head, numbers);
+          v = convert(converted + (kKeys + key) * D);
+        }
+      }
+      k_rows[key] = static_cast<const uint32_t*>(k);
+      v_rows[key] = static_cast<const __m512i*>(v);
+    }
+    for (int64_t low = 0; low < kKeys; low += 16) transpose(k_rows + low, D / 2, keys + low);
+    for (int64_t key = 0; key < kKeys; key += 2) {
+      uint32_t* to = values + key / 2 * width(D);
+      for (int64_t d = 0; d < D; d += 32) {
+        const __mmask32 inside = D - d >= 32 ? 0xffffffff : 0xffff;
+        const __m512i even = _mm512_maskz_loadu_epi16(inside, reinterpret_cast<const BFloat16*>(v_rows[key]) + d);
+        const __m512i odd = _mm512_maskz_loadu_epi16(inside, reinterpret_cast<const BFloat16*>(v_rows[key + 1]) + d);
+        _mm512_storeu_si512(to + d, _mm512_unpacklo_epi16(even, odd));
+        _mm512_storeu_si512(to + d + 16, _mm512_unpackhi_epi16(even, odd));
+      }
+    }
+  }
+
+  void multiply_keys(int64_t num_rows, float* weights) {
+    product<Pairs, false>(num_rows, kKeys, D / 2, q, D / 2, keys, kKeys, weights, kKeys);
+  }
+
+  void add_values(int64_t num_rows, const float* weights, float* totals) {
+    for (int64_t i = 0; i < num_rows * kKeys; i += 32)
+      _mm512_storeu_si512(weights16 + i / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(weights + i + 16),
+                                                                          _mm512_loadu_ps(weights + i)));
+    product<Pairs, true>(num_rows, width(D), kKeys / 2, weights16, kKeys / 2, values, width(D), totals, width(D));
+  }
+
+ private:
+  const void* where(const KVStore& s, const Block& block, bool ring, int64_t position) const {
+    const KVPages& p = a.pages;
+    if (ring)
+      return static_cast<const BFloat16*>(s.tail) + tail_at(s, block.s.index, position % p.tail_size, block.kv_head);
+    return static_cast<const BFloat16*>(s.data) +
+           token_at(s, block.s.table[position / p.page_size], position % p.page_size, block.kv_head);
+  }
+
+  const void* convert(BFloat16* to) const {
+    for (int64_t d = 0; d < D; d += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(numbers + d)));
+    return to;
+  }
+
+  const AttendArgs& a;
+  const int64_t D;
+  uint32_t *q, *keys, *values, *weights16;
+  BFloat16* converted;
+  float* numbers;
+  BFloat16* nothing;
+};
+
+// bfloat16 queries, int8 or int4 codes: products of codes are exact integers. Queries, and weights times steps, are
+// integers of 15 bits in units of the row's (tile's) largest, in two signed bytes; that is finer than bfloat16.
+class CodeTile {
+ public:
+  using Compute = float;
+
+  // Whether the vectors below never span two groups.
+  static bool takes(const KVPages& p) {
+    if (p.scheme != kKVInt8 && p.scheme != kKVInt4) return false;
+    return p.group == p.head_dim || (p.group % 64 == 0 && (p.scheme == kKVInt8 || p.head_dim / 2 % p.group == 0));
+  }
+
+  CodeTile(const AttendArgs& args, Carve& carve)
+      : a(args),
+        D(args.pages.head_dim),
+        bits(code_bits(args.pages.scheme)),
+        bytes(D * bits / 8),
+        groups(D / args.pages.group),
+        q(carve.take<uint32_t>(2 * kRows * D / 4)),
+        q_unit(carve.take<float>(kRows)),
+        q_sum(carve.take<float>(kRows * groups)),
+        keys(carve.take<uint32_t>(kKeys * D / 4)),
+        values(carve.take<uint32_t>(kKeys / 4 * width(D, bits))),
+        scales(carve.take<float>(4 * groups * kKeys)),
+        raw(carve.take<uint32_t>(2 * groups * kKeys)),
+        sums(carve.take<int32_t>(2 * kRows * (kKeys > width(D, bits) ? kKeys : width(D, bits)))),
+        planes(carve.take<uint32_t>(2 * kRows * kKeys / 4)),
+        unit(carve.take<float>(kRows)),
+        shift(carve.take<float>(kRows)),
+        nothing(carve.take_zeros<uint8_t>(D)) {}
+
+  // Values of four keys are interleaved within 16 bytes; halves of bytes are apart.
+  static int64_t width(int64_t head_dim, int64_t bits) { return round_up(head_dim * bits / 8, 64) * 8 / bits; }
+  int64_t width(int64_t head_dim) const { return width(head_dim, bits); }
+  int64_t place(int64_t channel) const {
+    const int64_t half = channel / bytes, byte = channel % bytes;
+    return half * round_up(bytes, 64) + byte / 64 * 64 + byte % 16 / 4 * 16 + byte % 64 / 16 * 4 + byte % 4;
+  }
+
+  void load_queries(const Block& block) {
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const auto* from = reinterpret_cast<const BFloat16*>(block.query(a, r));
+      Lanes<float> top = {};
+      for (int64_t d = 0; d < D; d += 16) {
+        const Lanes<float> x = load_lanes(from + d);
+        top = larger<float>(top, x < 0 ? -x : x);
+      }
+      q_unit[r] = to_planes(from, D, largest<float>(top), reinterpret_cast<int8_t*>(q + r * D / 4),
+                            reinterpret_cast<int8_t*>(q + (kRows + r) * D / 4));
+      for (int64_t g = 0; g < groups; ++g) {
+        Lanes<float> sum = {};
+        for (int64_t d = g * a.pages.group; d < (g + 1) * a.pages.group; d += 16) sum = sum + load_lanes(from + d);
+        for (int step = 0; step < 4; ++step) sum = add_neighbours<float>(sum, sum);
+        q_sum[r * groups + g] = sum[0];
+      }
+    }
+  }
+
+  void load(const Block& block, bool, int64_t first, uint64_t any) {
+    const KVPages& p = a.pages;
+    const uint8_t *k_rows[kKeys], *v_rows[kKeys];
+    for (int64_t key = 0; key < kKeys; ++key) {
+      k_rows[key] = v_rows[key] = nothing;
+      if (any >> key & 1) {
+        const int64_t page = block.s.table[(first + key) / p.page_size], at = (first + key) % p.page_size;
+        k_rows[key] = static_cast<const uint8_t*>(p.k.data) + token_at(p.k, page, at, block.kv_head);
+        v_rows[key] = static_cast<const uint8_t*>(p.v.data) + token_at(p.v, page, at, block.kv_head);
+        const auto* k = static_cast<const Half*>(p.k.scale) + scale_at(p.k, page, at, block.kv_head);
+        const auto* v = static_cast<const Half*>(p.v.scale) + scale_at(p.v, page, at, block.kv_head);
+        for (int64_t g = 0; g < groups; ++g) {
+          std::memcpy(raw + g * kKeys + key, k + 2 * g, 4);
+          std::memcpy(raw + (groups + g) * kKeys + key, v + 2 * g, 4);
+        }
+      } else {
+        for (int64_t g = 0; g < 2 * groups; ++g) raw[g * kKeys + key] = 0;
+      }
+    }
+    for (int64_t i = 0; i < 2 * groups * kKeys; i += 16) {  // step in the low half, offset in the high one
+      const __m512i both = _mm512_loadu_si512(raw + i);
+      float* to = scales + i / kKeys * 2 * kKeys + i % kKeys;
+      _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both)));
+      _mm512_storeu_ps(to + kKeys, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))));
+    }
+    const uint32_t* rows[kKeys];
+    for (int64_t key = 0; key < kKeys; ++key) rows[key] = reinterpret_cast<const uint32_t*>(k_rows[key]);
+    for (int64_t low = 0; low < kKeys; low += 16) transpose(rows + low, bytes / 4, keys + low);
+    const __m512i low_half = _mm512_set1_epi8(15);
+    if (bits == 4) {
+      for (int64_t i = 0; i < bytes / 4 * kKeys; i += 16) {
+        const __m512i both = _mm512_loadu_si512(keys + i);
+        _mm512_storeu_si512(keys + i, _mm512_and_si512(both, low_half));
+        _mm512_storeu_si512(keys + bytes / 4 * kKeys + i, _mm512_and_si512(_mm512_srli_epi32(both, 4), low_half));
+      }
+    }
+    for (int64_t key = 0; key < kKeys; key += 4) {
+      uint32_t* to = values + key / 4 * width(D);
+      for (int64_t at = 0; at < bytes; at += 64) {
+        const __mmask64 inside = bytes - at >= 64 ? ~uint64_t{0} : (uint64_t{1} << (bytes - at)) - 1;
+        __m512i x[4];
+        for (int i = 0; i < 4; ++i) x[i] = _mm512_maskz_loadu_epi8(inside, v_rows[key + i] + at);
+        const __m512i low01 = _mm512_unpacklo_epi8(x[0], x[1]), high01 = _mm512_unpackhi_epi8(x[0], x[1]);
+        const __m512i low23 = _mm512_unpacklo_epi8(x[2], x[3]), high23 = _mm512_unpackhi_epi8(x[2], x[3]);
+        const __m512i four[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                                 _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+        for (int i = 0; i < 4; ++i) {
+          if (bits == 8) {
+            _mm512_storeu_si512(to + at + 16 * i, four[i]);
+          } else {
+            _mm512_storeu_si512(to + at + 16 * i, _mm512_and_si512(four[i], low_half));
+            _mm512_storeu_si512(to + round_up(bytes, 64) + at + 16 * i,
+                                _mm512_and_si512(_mm512_srli_epi32(four[i], 4), low_half));
+          }
+        }
+      }
+    }
+  }
+
+  void multiply_keys(int64_t num_rows, float* weights) {
+    const int64_t inner = D / 4 / groups;
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t plane = 0; plane < 2; ++plane)
+        product<Bytes, false>(num_rows, kKeys, inner, q + plane * kRows * D / 4 + g * inner, D / 4,
+                              keys + g * inner * kKeys, kKeys, sums + plane * kRows * kKeys, kKeys);
+      const float *step = scales + 2 * g * kKeys, *offset = step + kKeys;
+      for (int64_t r = 0; r < num_rows; ++r) {
+        for (int64_t key = 0; key < kKeys; key += 16) {
+          const Lanes<float> sum = joined(sums + r * kKeys + key, sums + (kRows + r) * kKeys + key) * q_unit[r];
+          const Lanes<float> x = fma(sum, load_lanes(step + key), load_lanes(offset + key) * q_sum[r * groups + g]);
+          float* to = weights + r * kKeys + key;
+          put(std::true_type{}, to, g ? load_lanes(to) + x : x);
+        }
+      }
+    }
+  }
+
+  void add_values(int64_t num_rows, const float* weights, float* totals) {
+    const int64_t all = width(D), columns = all / groups;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float *step = scales + 2 * (groups + g) * kKeys, *offset = step + kKeys;
+      for (int64_t r = 0; r < num_rows; ++r) {
+        float stepped[kKeys];
+        Lanes<float> top = {}, offsets = {};
+        for (int64_t key = 0; key < kKeys; key += 16) {
+          const Lanes<float> weight = load_lanes(weights + r * kKeys + key);
+          const Lanes<float> x = weight * load_lanes(step + key);
+          offsets = fma(weight, load_lanes(offset + key), offsets);
+          top = larger<float>(top, x < 0 ? -x : x);
+          put(std::true_type{}, stepped + key, x);
+        }
+        for (int turn = 0; turn < 4; ++turn) offsets = add_neighbours<float>(offsets, offsets);
+        shift[r] = offsets[0];
+        unit[r] = to_planes(stepped, kKeys, largest<float>(top), reinterpret_cast<int8_t*>(planes + r * kKeys / 4),
+                            reinterpret_cast<int8_t*>(planes + (kRows + r) * kKeys / 4));
+      }
+      for (int64_t plane = 0; plane < 2; ++plane)
+        product<Bytes, false>(num_rows, columns, kKeys / 4, planes + plane * kRows * kKeys / 4, kKeys / 4,
+                              values + g * columns, all, sums + plane * kRows * columns, columns);
+      for (int64_t r = 0; r < num_rows; ++r) {
+        for (int64_t d = 0; d < columns; d += 16) {
+          float* to = totals + r * all + g * columns + d;
+          const Lanes<float> sum = joined(sums + r * columns + d, sums + (kRows + r) * columns + d);
+          put(std::true_type{}, to, fma(sum, Lanes<float>{} + unit[r], load_lanes(to) + shift[r]));
+        }
+      }
+    }
+  }
+
+ private:
+  static Lanes<float> fma(const Lanes<float>& x, const Lanes<float>& y, const Lanes<float>& z) {
+    return Number<Lanes<float>>::fma(x, y, z);
+  }
+
+  // x / unit, rounded, as 128 * high + low, both in one signed byte; returns unit. NaN where x is not finite.
+  template <class T>
+  static float to_planes(const T* x, int64_t n, float top, int8_t* high, int8_t* low) {
+    constexpr float kMost = 16000;
+    const float unit = top / kMost;
+    const float inverse = top > 1e-30f ? kMost / top : 0.0f;  // less is nothing beside a weight of 1
+    LaneBits<float> broken = {};
+    for (int64_t i = 0; i < n; i += 16) {
+      const Lanes<float> value = load_lanes(x + i);
+      broken |= (LaneBits<float>)(value != value);
+      const __m512i whole = _mm512_cvtps_epi32((__m512)(value * inverse));
+      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(upper));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i),
+                       _mm512_cvtepi32_epi8(_mm512_sub_epi32(whole, _mm512_slli_epi32(upper, 7))));
+    }
+    return any_bit(broken) || !(top < kInf<float>) ? kInf<float> - kInf<float> : unit;
+  }
+
+  static Lanes<float> joined(const int32_t* high, const int32_t* low) {
+    const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_loadu_si512(high), 7), _mm512_loadu_si512(low));
+    return (Lanes<float>)_mm512_cvtepi32_ps(sum);
+  }
+
+  const AttendArgs& a;
+  const int64_t D, bits, bytes, groups;
+  uint32_t* q;
+  float *q_unit, *q_sum;
+  uint32_t *keys, *values;
+  float* scales;  // [k, v][group][step, offset][key]
+  uint32_t* raw;
+  int32_t* sums;
+  uint32_t* planes;
+  float *unit, *shift;
+  uint8_t* nothing;
+};
+
+#endif
+
+}  // namespace fastdecode::FD_ISA
