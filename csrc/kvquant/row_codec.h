@@ -10,11 +10,25 @@
 
 namespace fastdecode::FD_ISA {
 
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+
 template <class C>
 struct Range {
   C low = kInf<C>, high = -kInf<C>;  // of the finite values
   bool all_finite = true;
 };
+
+template <class C>
+FD_ROW Range<C> range_of_finite(const C* x, int64_t n) {
+  Range<C> r;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool finite = is_finite(x[i]);
+    r.low = finite && x[i] < r.low ? x[i] : r.low;
+    r.high = finite && x[i] > r.high ? x[i] : r.high;
+    r.all_finite &= finite;
+  }
+  return r;
+}
 
 template <class C>
 FD_INLINE Range<C> range_of(const C* x, int64_t n) {
@@ -24,23 +38,56 @@ FD_INLINE Range<C> range_of(const C* x, int64_t n) {
   for_lanes(0, n, [&](auto wide, int64_t i) {
     const auto v = take(wide, x + i);
     if constexpr (wide) {
-      const auto finite = v - v == C(0);
-      const Lanes<C> for_low = finite ? v : Lanes<C>{} + kInf<C>, for_high = finite ? v : Lanes<C>{} - kInf<C>;
-      low = for_low < low ? for_low : low;
-      high = for_high > high ? for_high : high;
-      odd |= ~(LaneBits<C>)finite;
-    } else if (is_finite(v)) {
+      low = v < low ? v : low;
+      high = v > high ? v : high;
+      odd |= (LaneBits<C>)(v - v);  // 0, or NaN
+    } else {
       r.low = v < r.low ? v : r.low;
       r.high = v > r.high ? v : r.high;
-    } else {
-      r.all_finite = false;
+      r.all_finite &= is_finite(v);
     }
   });
+  if (any_bit(odd) || !r.all_finite) return range_of_finite(x, n);
   const C lanes_low = -largest<C>(-low), lanes_high = largest<C>(high);
   r.low = lanes_low < r.low ? lanes_low : r.low;
   r.high = lanes_high > r.high ? lanes_high : r.high;
-  r.all_finite &= !any_bit(odd);
   return r;
+}
+
+// make_grid, by the rounding modes of the processor's own conversions where it has them.
+template <class C>
+FD_INLINE Grid grid_of(C low, C high, int levels) {
+#if FD_CPU_LEVEL >= 3
+  if constexpr (std::is_same_v<C, float>) {
+    Half offset{static_cast<uint16_t>(_cvtss_sh(low, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC))};
+    if (offset.bits == 0x8000u) offset.bits = 0;
+    const float n = static_cast<float>(levels);
+    const Difference<float> range = subtract(high, _cvtsh_ss(offset.bits));
+    Half step{static_cast<uint16_t>(_cvtss_sh(range.value / n, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC))};
+    if (_cvtsh_ss(step.bits) * n - range.value < range.rest) ++step.bits;
+    return {step, offset};
+  }
+#endif
+  return make_grid(low, high, levels);
+}
+
+// Sixteen of Coder's codes, of values inside the group's range. Where no quotient is near the middle between two
+// codes, which is nearly always, rounding it is enough.
+template <class C>
+FD_INLINE LaneBits<C> codes_of(const Coder<C>& coder, const Lanes<C>& x) {
+  const C kMagic = C(1.5) * power_of_two<C>(Parts<C>::kMantissa);  // what is added to it is rounded to an integer
+  const C kMiddle = C(0.5) - power_of_two<C>(-12);                 // quotients err by less than 256 * 3 * 2^-24
+  const Lanes<C> value = x - coder.offset, quotient = value * coder.inverse;
+  const Lanes<C> rounded = quotient + kMagic, distance = quotient - (rounded - kMagic);
+  const auto near = (distance > kMiddle) | (distance < -kMiddle);
+  if (!any_bit((LaneBits<C>)near)) [[likely]]
+    return (LaneBits<C>)rounded - bit_cast<typename Parts<C>::Bits>(kMagic);
+  const Lanes<C> from_x = value - x, rest = (x - (value - from_x)) + (-coder.offset - from_x);
+  const Lanes<C> nearest = rounded - kMagic, below = nearest > quotient ? nearest - C(1) : nearest;
+  const LaneBits<C> code = (LaneBits<C>)(below + kMagic) - bit_cast<typename Parts<C>::Bits>(kMagic);
+  const Lanes<C> past_half = (value - below * coder.step) - coder.half;
+  const auto up = (past_half > -rest) | ((past_half == -rest) & ((code & 1) != 0));
+  return code - (LaneBits<C>)up;  // true is -1
 }
 
 // Step, offset and codes of one group.
@@ -49,12 +96,23 @@ FD_INLINE int32_t encode_group(const C* x, int64_t n, int bits, uint8_t* codes, 
   const Range<C> r = range_of(x, n);
   const bool any = r.low <= r.high;
   const C low = coded_limit(r.low, any), high = coded_limit(r.high, any);
-  const Grid grid = make_grid(low, high, (1 << bits) - 1);
+  const Grid grid = grid_of(low, high, (1 << bits) - 1);
   scale[0] = grid.step;
   scale[1] = grid.offset;
   const Coder<C> coder(grid, low, high);
-  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(coder.code(x[i]));
   const bool saturated = any && (r.low < low || r.high > high);
+  if (!r.all_finite || saturated) {
+    for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(coder.code(x[i]));
+  } else {
+    for_lanes(0, n, [&](auto wide, int64_t i) {
+      if constexpr (wide) {
+        const auto some = __builtin_convertvector(codes_of<C>(coder, take(wide, x + i)), Bytes16);
+        std::memcpy(codes + i, &some, sizeof(some));
+      } else {
+        codes[i] = static_cast<uint8_t>(coder.code(x[i]));
+      }
+    });
+  }
   return (r.all_finite ? 0 : kStatusNaN) | (saturated ? kStatusSaturated : 0);
 }
 
