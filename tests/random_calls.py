@@ -594,6 +594,18 @@ def kv_dequant(draw: Draw) -> dict[str, Any]:
     return given
 
 
+def kv_report(draw: Draw) -> dict[str, Any]:
+    given = kv_dequant(draw)
+    pages, table, lens = given["pages"], given["page_table"], given["kv_lens"]
+    length = given.get("length", table.shape[1] * pages.page_size)
+    shape, dtype = (len(lens), length, pages.num_kv_heads, pages.head_dim), draw.one(DTYPES)
+    for name in "kv":
+        given[name] = draw.floats(shape, dtype)
+        if draw.chance(0.4):
+            given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
+    return {k: given[k] for k in ("k", "v", "pages", "page_table", "kv_lens", "tail_lens") if k in given}
+
+
 def kv_keep_(draw: Draw) -> dict[str, Any]:
     batch, width = draw.integer(0, 4), draw.integer(1, 8)
     pages = cache(draw, SCHEMES, batch=batch)
@@ -614,6 +626,7 @@ CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "kv_dequant": kv_dequant,
     "kv_flush_": kv_flush_,
     "kv_keep_": kv_keep_,
+    "kv_report": kv_report,
     "linear": linear,
     "merge_states": merge_states,
     "paged_attention": paged_attention,

@@ -3,6 +3,7 @@
 #include "kvquant/kv_dequant.h"
 #include "kvquant/kv_flush.h"
 #include "kvquant/kv_keep.h"
+#include "kvquant/kv_report.h"
 
 namespace fastdecode::bind {
 namespace {
@@ -140,6 +141,47 @@ std::tuple<Tensor, Tensor, Tensor> kv_dequant(FD_PAGES_PARAMS, const Tensor& pag
   return {k, v, status};
 }
 
+std::tuple<Tensor, Tensor> kv_report(const Tensor& k, const Tensor& v, FD_PAGES_PARAMS, const Tensor& page_table,
+                                     const Tensor& kv_lens, const OptionalTensor& tail_lens) {
+  constexpr auto op = "kv_report";
+  check_dims(op, "k", k, 4, 4);
+  const DType dtype = check_float(op, "k", k);
+  const int64_t length = k.size(1), head_dim = k.size(3);
+  check_head_dim(op, "k", head_dim);
+  const KVPages p = check_pages(op, FD_PAGES, head_dim, k);
+  FD_CHECK_ARG(is_kivi(p.scheme) || !tail_lens, op, ": tail_lens: expected None for this scheme, got a tensor");
+  const int64_t B = check_requests(op, "kv_lens", kv_lens, p, tail_lens.has_value(), k);
+  check_tensor(op, "k", k, {B, length, p.num_heads, head_dim}, k.scalar_type(), k);
+  check_tensor(op, "v", v, {B, length, p.num_heads, head_dim}, k.scalar_type(), k);
+  check_optional(op, "tail_lens", tail_lens, {B}, ScalarType::Int, k);
+  const int32_t* table = check_page_table(op, page_table, B, k);
+  Tensor errors = output(k, {2, B, p.num_heads, 3}, ScalarType::Double);
+  Tensor status = output(k, {B}, ScalarType::Int);
+  Launch launch(k);
+  device::kv_report({.k = k.const_data_ptr(),
+                     .v = v.const_data_ptr(),
+                     .pages = p,
+                     .page_table = table,
+                     .kv_lens = kv_lens.const_data_ptr<int32_t>(),
+                     .tail_lens = data_of<int32_t>(tail_lens),
+                     .errors = errors.mutable_data_ptr<double>(),
+                     .status = status.mutable_data_ptr<int32_t>(),
+                     .batch = B,
+                     .length = length,
+                     .max_pages = page_table.size(1),
+                     .page_table_stride = stride_of(page_table, 0),
+                     .k_batch_stride = stride_of(k, 0),
+                     .k_token_stride = stride_of(k, 1),
+                     .k_head_stride = stride_of(k, 2),
+                     .v_batch_stride = stride_of(v, 0),
+                     .v_token_stride = stride_of(v, 1),
+                     .v_head_stride = stride_of(v, 2),
+                     .dtype = dtype},
+                    launch.exec());
+  launch.check(op);
+  return {errors, status};
+}
+
 Tensor kv_keep(FD_PAGES_PARAMS, int64_t head_dim, const Tensor& path, const Tensor& num_keep,
                const OptionalTensor& page_table, const Tensor& base_lens) {
   constexpr auto op = "kv_keep_";
@@ -182,6 +224,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FD_NAMESPACE, m) {
   m.def("kv_dequant(" FD_PAGES_SCHEMA
         ", Tensor page_table, Tensor kv_lens, Tensor? tail_lens, int head_dim, int length, ScalarType dtype) "
         "-> (Tensor, Tensor, Tensor)");
+  m.def("kv_report(Tensor k, Tensor v, " FD_PAGES_SCHEMA
+        ", Tensor page_table, Tensor kv_lens, Tensor? tail_lens) -> (Tensor, Tensor)");
   m.def("kv_keep_(" FD_PAGES_WRITTEN_SCHEMA
         ", int head_dim, Tensor path, Tensor num_keep, Tensor? page_table, Tensor base_lens) -> Tensor");
 }
@@ -192,5 +236,6 @@ STABLE_TORCH_LIBRARY_IMPL(FD_NAMESPACE, FD_DISPATCH_KEY, m) {
   m.impl("kv_append_", TORCH_BOX(&kv_append));
   m.impl("kv_flush_", TORCH_BOX(&kv_flush));
   m.impl("kv_dequant", TORCH_BOX(&kv_dequant));
+  m.impl("kv_report", TORCH_BOX(&kv_report));
   m.impl("kv_keep_", TORCH_BOX(&kv_keep));
 }

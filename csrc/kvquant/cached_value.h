@@ -14,6 +14,9 @@ FD_INLINE FD_HD double value_at(const void* data, DType dtype, int64_t i) {
   }
 }
 
+// Of two numbers the larger, of NaN and anything NaN, in any order.
+FD_INLINE FD_HD double larger_or_nan(double a, double b) { return a <= b || b != b ? b : a; }
+
 // Channel d of a token in a page.
 FD_INLINE FD_HD double page_value(const KVPages& p, bool is_key, int64_t page, int64_t offset, int64_t head,
                                   int64_t d) {

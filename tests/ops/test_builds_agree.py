@@ -222,6 +222,13 @@ def kv_dequant(dtype: torch.dtype) -> Iterator[dict]:
             yield {"pages": pages, "page_table": table, "dtype": dtype, **lens}
 
 
+def kv_report(dtype: torch.dtype) -> Iterator[dict]:
+    for given in kv_dequant(dtype):
+        del given["dtype"]
+        shape = (30, 40, 2, given["pages"].head_dim)
+        yield given | {n: torch.randn(shape, generator=generator(95), dtype=torch.float64).to(dtype) for n in "kv"}
+
+
 def kv_keep_(dtype: torch.dtype) -> Iterator[dict]:
     for scheme in SCHEMES:
         pages = make_pages(scheme, num_pages=90, batch=30, dtype=dtype)
@@ -278,6 +285,7 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[dict]]] = {
     "kv_dequant": kv_dequant,
     "kv_flush_": kv_flush_,
     "kv_keep_": kv_keep_,
+    "kv_report": kv_report,
     "linear": linear,
     "merge_states": merge_states,
     "pack_weight": pack_weight,

@@ -2,7 +2,7 @@
 
 from .attention import Attention, Merged, merge_states, paged_attention, prefix_attention
 from .gemv import linear, pack_weight
-from .kv import Dequantised, kv_append_, kv_dequant, kv_flush_, kv_keep_
+from .kv import Dequantised, KVReport, kv_append_, kv_dequant, kv_flush_, kv_keep_, kv_report
 from .kv_pages import KVPages
 from .logits import Penalized, apply_token_bitmask_, penalize
 from .sample import (
@@ -25,6 +25,7 @@ __all__ = [
     "Committed",
     "Dequantised",
     "KVPages",
+    "KVReport",
     "Merged",
     "Penalized",
     "RowStats",
@@ -40,6 +41,7 @@ __all__ = [
     "kv_dequant",
     "kv_flush_",
     "kv_keep_",
+    "kv_report",
     "linear",
     "merge_states",
     "pack_weight",

@@ -19,6 +19,13 @@ class Dequantised(NamedTuple):
     status: Tensor
 
 
+class KVReport(NamedTuple):
+    """See `kv_report`."""
+
+    errors: Tensor
+    status: Tensor
+
+
 def kv_append_(
     k: Tensor,
     v: Tensor,
@@ -136,6 +143,37 @@ def _(k_cache: Tensor, v_cache: Tensor, *others: object) -> tuple[Tensor, Tensor
     assert isinstance(dtype, torch.dtype)
     shape = (kv_lens.shape[0], length, v_cache.shape[2], head_dim)
     return v_cache.new_empty(shape, dtype=dtype), v_cache.new_empty(shape, dtype=dtype), torch.empty_like(kv_lens)
+
+
+def kv_report(
+    k: Tensor, v: Tensor, pages: KVPages, page_table: Tensor, kv_lens: Tensor, *, tail_lens: Tensor | None = None
+) -> KVReport:
+    """How far the cache is from the keys and values that were put into it, without a dequantised copy.
+
+    Args:
+        k: float64, float32, float16 or bfloat16 [B, length, H, D], rotated if the cache was given rotated keys;
+            strided, last dim contiguous.
+        v: as k.
+        pages: of any scheme.
+        page_table: int32 [B, max_pages]; rows may be strided.
+        kv_lens: int32 [B], tokens of each request, 0..length.
+        tail_lens: int32 [B], how many of them, the newest, lie in the ring; None means 0. Only kivi.
+    Returns:
+        errors: float64 [2, B, H, 3]: of keys and of values the sum of squared errors, the sum of squared values, the
+        largest error; NaN where status is not 0, or where k, v or the cache is not finite; sums in one order
+        everywhere. status: int32 [B], 32 a length outside its range, 64 a page outside the cache. Does not synchronise.
+    Raises:
+        ValueError: wrong rank, shape, dtype, layout or device; tail_lens for another scheme than kivi.
+    Reference: fastdecode.testing.reference.kv.
+    """
+    return KVReport(*torch.ops.fastdecode.kv_report.default(k, v, *pages.tensors(), page_table, kv_lens, tail_lens))
+
+
+@torch.library.register_fake("fastdecode::kv_report")
+def _(k: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    check_devices("kv_report", k, *others)
+    batch, _, heads, _ = k.shape
+    return k.new_empty((2, batch, heads, 3), dtype=torch.float64), k.new_empty((batch,), dtype=torch.int32)
 
 
 def kv_keep_(

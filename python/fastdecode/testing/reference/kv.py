@@ -13,7 +13,7 @@ from torch import Tensor
 from ..._host import KVScheme
 from ...ops.kv_pages import KVPages
 
-__all__ = ["append", "dequant", "flush", "fp8_values", "keep", "nearest_fp8", "step_and_offset"]
+__all__ = ["append", "dequant", "flush", "fp8_values", "keep", "nearest_fp8", "report", "step_and_offset"]
 
 NAN_OR_INF, BAD_LENGTH, BAD_PAGE, SATURATED = 1, 32, 64, 128
 BITS = {KVScheme.INT8: 8, KVScheme.INT4: 4, KVScheme.KIVI4: 4, KVScheme.KIVI2: 2}
@@ -367,3 +367,27 @@ def keep(
             for row, (_, target) in zip(rows, moves, strict=True):
                 store[target] = row
     return status
+
+
+def report(
+    k: Tensor,
+    v: Tensor,
+    pages: KVPages,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    *,
+    tail_lens: Tensor | None = None,
+) -> tuple[np.ndarray, Tensor]:
+    """`fastdecode.ops.kv_report`: errors in long double, status."""
+    *cached, status = dequant(pages, page_table, kv_lens, tail_lens=tail_lens, length=k.shape[1], dtype=torch.float64)
+    errors = np.full((2, len(kv_lens), pages.num_kv_heads, 3), nan, np.longdouble)
+    for i, (given, stored) in enumerate(zip((k, v), cached, strict=True)):
+        for b, count in enumerate(kv_lens.tolist()):
+            if status[b]:
+                continue
+            x = given[b, :count].double().numpy().astype(np.longdouble)
+            error = np.abs(x - stored[b, :count].numpy().astype(np.longdouble))
+            errors[i, b, :, 0] = (error**2).sum((0, 2))
+            errors[i, b, :, 1] = (x**2).sum((0, 2))
+            errors[i, b, :, 2] = error.max((0, 2), initial=0)
+    return errors, status
