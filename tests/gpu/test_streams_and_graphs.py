@@ -12,15 +12,20 @@ from torch import Tensor
 import fastdecode.ops
 import random_calls
 from backends import Copies
+from fastdecode.ops import KVPages
 from random_calls import OPS
-from support import same_bits
+from support import map_tensors, tensors_of
 
 Arguments = dict[str, Any]
 
 
 def dense(arguments: Arguments) -> Arguments:
     """Without rows that share memory, which cannot be filled with new values one by one."""
-    return {k: v.contiguous() if isinstance(v, Tensor) and 0 in v.stride() else v for k, v in arguments.items()}
+
+    def alone(tensor: Tensor) -> Tensor:
+        return tensor.contiguous() if 0 in tensor.stride() else tensor
+
+    return {k: map_tensors(alone, v) for k, v in arguments.items()}
 
 
 def calls(op: str, count: int) -> list[Arguments]:
@@ -28,45 +33,44 @@ def calls(op: str, count: int) -> list[Arguments]:
     found, seed = [], 500
     while len(found) < count:
         arguments, seed = dense(random_calls.call(op, seed)), seed + 1
-        if all(v.numel() for v in arguments.values() if isinstance(v, Tensor)):
+        if all(v.numel() for v in tensors_of(v for v in arguments.values() if not isinstance(v, KVPages))):
             found.append(arguments)
     return found
 
 
 def other_values(arguments: Arguments, step: int) -> Arguments:
-    """The same shapes with other values: rolled along the last dimension. Where rows begin stays as it is."""
-    return {
-        k: v.roll(step, -1) if isinstance(v, Tensor) and v.dim() and k != "row_start" else v
-        for k, v in arguments.items()
-    }
+    """The same shapes with other values: rolled along the last dimension. Where rows begin stays as it is, and so does
+    where in a cache they lie: what is not meant to be read holds NaN."""
+    has_pages = "pages" in arguments
 
+    def rolled(tensor: Tensor) -> Tensor:
+        stays = has_pages and not tensor.is_floating_point()
+        return tensor.roll(step, -1) if tensor.dim() and not stays else tensor
 
-def tensors(arguments: Arguments) -> dict[str, Tensor]:
-    return {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
+    return {k: v if k in ("row_start", "pages") else map_tensors(rolled, v) for k, v in arguments.items()}
 
 
 def moved(arguments: Arguments, device: str = "cuda") -> Arguments:
     copies = Copies(device)
-    return {k: copies(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    return {k: map_tensors(copies, v) for k, v in arguments.items()}
 
 
 def fill(there: Arguments, values: Arguments) -> None:
-    for name, tensor in tensors(there).items():
-        tensor.copy_(values[name])
+    for tensor, value in zip(tensors_of(there.values()), tensors_of(values.values()), strict=True):
+        tensor.copy_(value)
 
 
 def runner(op: str, there: Arguments) -> Callable[[], list[Tensor]]:
     def run() -> list[Tensor]:
         out = getattr(fastdecode.ops, op)(**there)
-        return [*([out] if isinstance(out, Tensor) else out), *tensors(there).values()]
+        return [*([out] if isinstance(out, Tensor) else out), *tensors_of(there.values())]
 
     return run
 
 
 def assert_expected(op: str, got: list[Tensor], values: Arguments, what: str) -> None:
     want = random_calls.outputs(fastdecode.ops, op, values)
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert same_bits(a.cpu(), b), f"{op}: output {i}, {what}"
+    assert random_calls.agree(op, want, [tensor.cpu() for tensor in got]), f"{op}: {what}"
 
 
 @pytest.mark.parametrize("op", OPS)
