@@ -17,7 +17,7 @@ from torch import nn
 
 from .generation import CHECKPOINTS, generate, splitmix64
 from .methods import METHODS, Method, find_method
-from .models import HuggingFaceModel, Model, NativeConfig, load_model
+from .models import HuggingFaceModel, KVCacheConfig, Model, NativeConfig, load_model
 from .models.checkpoint import read_configs
 from .runtime import fastest_threads, pin_threads, thread_settings, tune_threads
 from .types import Results
@@ -35,9 +35,9 @@ class Row:
 
     Attributes:
         method: name, with the acceptance rule where temperature > 0.
-        guarantee: "exact", "in law", or "peer" for what is not ours.
+        guarantee: "exact", "in law", "approximate", or "peer" for what is not ours.
         same_as_plain: whether float64 models gave the tokens of plain decoding, for every prompt; None where equal
-            tokens are not promised (rule ratio under sampling) and for peers.
+            tokens are not promised (rule ratio under sampling, coded caches) and for peers.
         tokens_per_pass: tokens a request gained per target pass.
         passes: target passes after the prompts, over all prompts.
         tokens_per_s: generated tokens over wall time, prompts included, all prompts together, each with the median time
@@ -65,6 +65,7 @@ class _Work:
     max_new_tokens: int
     temperature: float
     draft_length: int | None
+    kv_cache: str | KVCacheConfig | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ def compare(
     repeats: int = 1,
     dtype: torch.dtype = torch.float32,
     threads: int | None = None,
+    kv_cache: str | KVCacheConfig | None = None,
     peers: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
@@ -114,7 +116,8 @@ def compare(
         model: a Hugging Face folder, a causal language model of transformers, or None for the shipped model.
         prompts: ids, at least one prompt.
         draft_model: as `model`, for methods that draft with one; None is the shipped one if `model` is None too.
-        methods: names; None is all of `fastdecode.METHODS` that can run, those with a draft model only if there is one.
+        methods: names; None is all of `fastdecode.METHODS` that bring no cache of their own, those with a draft model
+            only if there is one.
             "plain" is always measured.
         temperature: 0 is greedy; above it methods have one row per acceptance rule, and there is no peer.
         draft_length: of the methods that have such a parameter; None is each one's default.
@@ -122,6 +125,7 @@ def compare(
         repeats: passes over the prompts.
         dtype: of all weights; a loaded model that has another is copied.
         threads: of every row but the peer's; None is each row's fastest number.
+        kv_cache: of every method that does not bring its own, plain decoding included; see `generate`.
         peers: False leaves the peer out; it is left out too where transformers is not installed.
         progress: is told what happens next.
     Raises:
@@ -148,6 +152,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         draft_length=draft_length,
+        kv_cache=kv_cache,
     )
     draft_source = drafter if any(method.needs_draft_model for method in chosen) else None
     with thread_settings() as cpus:
@@ -195,7 +200,11 @@ def distinct_ngrams(tokens: Ids, n: int = 4) -> float:
 def _choose(names: Sequence[str] | None, *, has_draft: bool) -> list[Method]:
     """Plain decoding, then the methods asked for, each once."""
     if names is None:
-        names = [name for name, method in METHODS.items() if has_draft or not method.needs_draft_model]
+        names = [
+            name
+            for name, method in METHODS.items()
+            if (has_draft or not method.needs_draft_model) and method.cache is None
+        ]
     chosen = {name: find_method(name) for name in ("plain", *names)}
     for method in chosen.values():
         if method.needs_draft_model and not has_draft:
@@ -236,6 +245,8 @@ def _decode(
         options["draft_model"] = draft
     if "draft_length" in method.parameters:
         options["draft_length"] = work.draft_length
+    if method.cache is None:
+        options["kv_cache"] = work.kv_cache
 
     def run(group: int, max_new_tokens: int) -> _Run:
         seeds = work.seeds[group]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .drafters import Drafter
 from .loops import Batch, autoregressive, speculative
 from .methods import RULES, AcceptanceRule, Method, find_method, own_method
-from .models import HuggingFaceModel, Model, load_model
+from .models import HuggingFaceModel, KVCacheConfig, Model, NativeModel, load_model
 from .models.huggingface import is_transformers_model, is_transformers_tokenizer, wrap_tokenizer
 from .models.tokenizer import Tokenizer
 from .policies import Policy
@@ -62,6 +62,7 @@ def generate(
     tokenizer: Tokenizer | Any | None = None,
     attention_mask: Tensor | np.ndarray | None = None,
     dtype: torch.dtype | None = None,
+    kv_cache: str | KVCacheConfig | None = None,
     **parameters: float,
 ) -> Result | Results:
     """Generate a continuation of one prompt, or of several as one batch.
@@ -103,6 +104,10 @@ def generate(
         attention_mask: 1 or True where a prompt tensor or array holds tokens, in its shape; what is 0, left or right of
             them, is padding and not part of the prompt.
         dtype: of the weights of the models that are read from folders; None is the default of `load_model`.
+        kv_cache: how the target keeps keys and values: a KVCacheConfig or its name, such as "bf16", "fp8", "int8" or
+            "kivi4" (see `KVCacheConfig.parse`), or "contiguous"; None is the method's or else the model's own.
+            Guarantees then hold against plain decoding with the same cache. Models of folders and NativeModel only.
+            What prompts begin with in common is read once for all where the cache is paged.
         **parameters: the method's own and the rule's, see their entries in `fastdecode.METHODS` and `fastdecode.RULES`.
 
         max_new_tokens, min_new_tokens, temperature, the filters and the penalties may be lists with one value per
@@ -176,6 +181,7 @@ def _prepare(given: Mapping[str, Any], *, with_text: bool) -> _Run:
     if given["dtype"] is not None and loaded[0] and (loaded[1] or not method.needs_draft_model):
         raise _fail("dtype", "None for a model that is already loaded", given["dtype"])
     model, folder = _model("model", given["model"], CHECKPOINTS / "tiny-code", given["dtype"])
+    model = _with_cache(model, method, parameters, given["kv_cache"])
     needs_text = any(isinstance(item, str) for item in prompts) or bool(stop)
     tokenizer = _tokenizer(folder, needed=needs_text) if tokenizer is None else tokenizer
     ids = [_ids(item, tokenizer, model) for item in prompts]
@@ -264,6 +270,21 @@ def _model(name: str, model: ModelLike | None, shipped: Path, dtype: torch.dtype
     if not isinstance(model, Model):
         raise _fail(name, "a Model, a folder or a model of transformers", model)
     return model, None
+
+
+def _with_cache(
+    model: Model, method: Method, parameters: Mapping[str, Any], kv_cache: str | KVCacheConfig | None
+) -> Model:
+    """The model with the cache that the caller or the method names."""
+    if method.cache is not None:
+        if kv_cache is not None:
+            raise _fail("kv_cache", f"None, method {method.name!r} brings its own", kv_cache)
+        kv_cache = method.cache(parameters)
+    if kv_cache is None:
+        return model
+    if not isinstance(model, NativeModel):
+        raise _fail("kv_cache", f"None for a {type(model).__name__}, which has a cache of its own", kv_cache)
+    return model.with_kv_cache(kv_cache)
 
 
 def _draft_model(given: Mapping[str, Any], target: Model) -> Model:

@@ -3,6 +3,9 @@
 `METHODS` are the systems, `RULES` the ways in which they accept drafts. A guarantee says what the output has in common
 with that of plain decoding: "exact", the same tokens whatever is drafted; "in law", other tokens of the same
 distribution; "approximate", neither: such a rule trades the target's law for speed, and is used only when it is named.
+
+A method with a coded cache is "approximate" because the target reads rounded keys and values. What it gives then is
+what plain decoding with that cache gives, and speculation with that cache gives it too.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, Literal
 from ._host import Rule
 from .drafters import Drafter, PromptLookup, SmallModel
 from .models.base import Model
+from .models.paged_cache import KVCacheConfig
 from .policies import ConfidenceStop, FixedLength, Policy
 
 __all__ = ["METHODS", "RULES", "AcceptanceRule", "Guarantee", "Method", "find_method"]
@@ -114,6 +118,8 @@ class Method:
         lossy_rules: those that do not.
         needs_draft_model: whether `draft_model` is used.
         drafter, policy: build the parts from the options (and the draft model); None for plain decoding.
+        cache: builds the configuration of the target's cache from the options; None leaves it to model and caller.
+        cache_guarantee: what that cache makes of plain decoding.
     """
 
     name: str
@@ -126,12 +132,14 @@ class Method:
     needs_draft_model: bool = False
     drafter: Callable[[Options, Model | None], Drafter] | None = None
     policy: Callable[[Options], Policy] | None = None
+    cache: Callable[[Options], KVCacheConfig] | None = None
+    cache_guarantee: Guarantee = "exact"
 
     def guarantee(self, rule: str | None = None, *, sampled: bool = False) -> Guarantee:
         """What the output has in common with plain decoding: the same tokens, the same law, or neither."""
         rule = rule or next(iter(self.rules), None)
-        if rule is None:
-            return "exact"
+        if rule is None or self.cache_guarantee == "approximate":
+            return self.cache_guarantee
         return RULES[rule].guarantee if sampled else RULES[rule].greedy_guarantee
 
 
@@ -157,6 +165,20 @@ def _small_model(options: Options, model: Model | None) -> Drafter:
     assert model is not None
     return SmallModel(model)
 
+
+def _coded_cache(name: str, scheme: str, paper: str, **parameters: int) -> Method:
+    """Plain decoding over a coded cache."""
+
+    def cache(options: Options) -> KVCacheConfig:
+        return KVCacheConfig(scheme=scheme, **{name: options[name] for name in parameters})
+
+    parts = ("autoregressive", "PagedKVCache", "kv_append_", *(["kv_flush_"] if parameters else ()), "paged_attention")
+    return Method(
+        name=name, paper=paper, parts=parts, parameters=parameters, cache=cache, cache_guarantee="approximate"
+    )
+
+
+_KIVI = "Liu et al. 2024, KIVI (arXiv 2402.02750)"
 
 _TABLE = (
     Method(
@@ -198,6 +220,18 @@ _TABLE = (
         drafter=lambda options, model: PromptLookup(options["max_ngram"], options["min_ngram"]),
         policy=lambda options: FixedLength(options["draft_length"]),
     ),
+    Method(
+        name="hydragen",
+        paper="Juravsky et al. 2024, Hydragen (arXiv 2402.05099)",
+        parts=("autoregressive", "PagedKVCache", "prefix_attention", "paged_attention", "merge_states"),
+        parameters={},
+        cache=lambda options: KVCacheConfig(prefix_attention=True),
+    ),
+    _coded_cache("kivi4", "kivi4", _KIVI, flush_block=128),
+    _coded_cache("kivi2", "kivi2", _KIVI, flush_block=128),
+    _coded_cache("int8-cache", "int8", "int8 by token and head, as in LMDeploy"),
+    _coded_cache("int4-cache", "int4", "int4 by token and head, as in LMDeploy"),
+    _coded_cache("fp8-cache", "fp8_e4m3", "FP8 E4M3 by token and head, as in vLLM"),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _TABLE})

@@ -167,6 +167,9 @@ class Statistics:
         accepted_histogram: entry k counts the passes of a request that kept exactly k drafts.
         seconds: wall time by part: prefill, draft, target, verify (acceptance, commit, cache), other. A request's clock
             runs from the start of its batch until the request ends.
+        cache_bytes: memory of the batch's cached keys and values when a request ended, the largest such (paged: of the
+            pages in use); 0 where the model's cache does not tell.
+        cache_bits_per_value: bits that one of them takes in memory, scales included; 0 likewise.
     """
 
     tokens: int = 0
@@ -175,6 +178,8 @@ class Statistics:
     drafted_histogram: list[int] = field(default_factory=lambda: [0])
     accepted_histogram: list[int] = field(default_factory=lambda: [0])
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    cache_bytes: int = 0
+    cache_bits_per_value: float = 0.0
 
     @property
     def drafted(self) -> int:

@@ -118,10 +118,14 @@ ERRORS = {
     "model": (run(model=5), "generate: model: expected a Model, a folder or a model of transformers, got 5"),
     "unknown method": (
         run(method="specultive"),
-        "generate: method: expected one of plain, speculative, speculative-confidence, prompt-lookup, "
+        "generate: method: expected one of plain, speculative, speculative-confidence, prompt-lookup, hydragen, "
+        "kivi4, kivi2, int8-cache, int4-cache, fp8-cache, "
         "got 'specultive'; did you mean 'speculative'?",
     ),
-    "method is no name": (run(method=5), "speculative-confidence, prompt-lookup, got 5"),
+    "method is no name": (
+        run(method=5),
+        "prompt-lookup, hydragen, kivi4, kivi2, int8-cache, int4-cache, fp8-cache, got 5",
+    ),
     "no draft model": (run(method="speculative"), "generate: draft_model: expected a model, which method"),
     "draft vocabulary": (
         run(method="speculative", draft_model=TabularLM.random(7, 2, 1)),

@@ -43,7 +43,7 @@ def test_json_rows(cli, shipped, tmp_path):
     assert ran.code == 0 and ran.err == ""
     rows = json.loads(ran.out)
     assert json.loads((tmp_path / "out.json").read_text()) == rows
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == [name for name, method in METHODS.items() if method.cache is None]
     for row in rows:
         assert list(row) == FIELDS
         assert row["guarantee"] == "exact" and row["same_as_plain"] is True
@@ -147,3 +147,15 @@ def test_compare_checks_its_arguments(checkpoints):
     with pytest.raises(ValueError, match=r"prompts: expected fewer than 96 tokens \(max_context\), got 96"):
         compare(checkpoints / "tiny-code", [[1] * 96], methods=["plain"], peers=False)
     assert torch.get_num_threads() == threads
+
+
+def test_kv_cache(cli, shipped):
+    ran = cli("compare", *SHORT, "--methods", "prompt-lookup", "--kv-cache", "kivi2", "--json")
+    assert ran.code == 0
+    assert [(row["method"], row["same_as_plain"]) for row in json.loads(ran.out)] == [
+        ("plain", True),
+        ("prompt-lookup", True),
+    ]
+    ran = cli("compare", *SHORT, "--methods", "int8-cache,hydragen", "--json")
+    rows = [(row["method"], row["guarantee"], row["same_as_plain"]) for row in json.loads(ran.out)]
+    assert rows == [("plain", "exact", True), ("int8-cache", "approximate", None), ("hydragen", "exact", True)]

@@ -23,6 +23,8 @@ STATISTICS = {
     "accepted_histogram",
     "tokens_per_s",
     "seconds",
+    "cache_bytes",
+    "cache_bits_per_value",
 }
 RESULT = {"prompt", "text", "prompt_tokens", "tokens", "finish_reason", "stop", "seed", "statistics"}
 SHORT = ("--threads", "1", "--max-new-tokens", "24", "--ignore-eos")
@@ -32,7 +34,7 @@ def test_json_is_one_object_with_fixed_keys(cli, shipped):
     ran = cli("generate", "def f", *SHORT, "--json")
     assert ran.code == 0 and ran.err == ""
     value = json.loads(ran.out)
-    assert set(value) == {"method", "rule", "guarantee", "dtype", "threads", "results", "statistics"}
+    assert set(value) == {"method", "rule", "guarantee", "dtype", "kv_cache", "threads", "results", "statistics"}
     assert (value["method"], value["rule"], value["guarantee"]) == ("speculative", "coupled", "exact")
     assert (value["dtype"], value["threads"]) == ("float32", 1)
     (result,) = value["results"]
@@ -246,3 +248,17 @@ def test_a_closed_pipe_is_quiet(shipped):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_kv_cache(cli, shipped):
+    common = ("generate", "def f", *SHORT, "--dtype", "float64", "--json", "--method")
+    for name, bits in (("contiguous", 64), ("plain", 64), ("bf16", 16), ("int8", 10), ("kivi2", 4)):
+        plain, ours = (
+            json.loads(cli(*common, method, "--kv-cache", name).out) for method in ("plain", "prompt-lookup")
+        )
+        assert ours["results"][0]["tokens"] == plain["results"][0]["tokens"] and ours["kv_cache"] == name
+        assert ours["statistics"]["cache_bits_per_value"] == bits and ours["statistics"]["cache_bytes"] > 0
+    ran = cli("generate", "def f", *SHORT, "--kv-cache", "int9")
+    assert ran.code != 0 and "kv_cache: expected one of plain" in ran.err
+    ran = cli("generate", "def f", *SHORT, "--kv-cache", "int8")
+    assert "KiB, 10 bits per value" in ran.err

@@ -132,7 +132,8 @@ def test_the_clock_does_not_count_the_consumer():
 
 
 def test_methods():
-    assert list(METHODS) == ["plain", "speculative", "speculative-confidence", "prompt-lookup"]
+    loops = ["plain", "speculative", "speculative-confidence", "prompt-lookup"]
+    assert list(METHODS) == [*loops, "hydragen", "kivi4", "kivi2", "int8-cache", "int4-cache", "fp8-cache"]
     speculative = find_method("speculative")
     assert speculative.guarantee() == speculative.guarantee("coupled", sampled=True) == "exact"
     assert speculative.guarantee("ratio", sampled=True) == "in law"

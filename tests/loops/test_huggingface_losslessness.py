@@ -21,6 +21,7 @@ from transformers_models import ARCHITECTURES, CONTEXT, disturbed, ids, load
 PROMPTS = [ids(1, n, seed=n)[0].tolist() for n in (5, 11, 1, 8)]
 PROMPTS[3] = PROMPTS[3][:4] * 2
 NEW = [14, 18, 7, 21]
+METHODS = {name: method for name, method in METHODS.items() if method.cache is None}  # the others bring their own
 LOSSLESS = [name for name, method in METHODS.items() if method.guarantee() == "exact"]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastdecode.models import NativeConfig, NativeModel, TabularLM, Tokenizer
+from fastdecode.models import KVCacheConfig, NativeConfig, NativeModel, TabularLM, Tokenizer
 from fastdecode.testing.models import Chain
 
 VOCAB = 13
@@ -16,7 +16,14 @@ def table(vocab_size: int = VOCAB, order: int = 2, seed: int = 1, **options: obj
     return TabularLM.random(vocab_size, order, seed, **options)  # type: ignore[arg-type]
 
 
-def native(seed: int = 0, noise: float = 0.0, max_context: int = 64, dtype: torch.dtype = torch.float64) -> NativeModel:
+def native(
+    seed: int = 0,
+    noise: float = 0.0,
+    max_context: int = 64,
+    dtype: torch.dtype = torch.float64,
+    head_dim: int = 8,
+    kv_cache: str | KVCacheConfig = "contiguous",
+) -> NativeModel:
     """A random Llama of two layers; with noise, a disturbed copy of the one without."""
     config = NativeConfig.from_hf(
         {
@@ -28,6 +35,7 @@ def native(seed: int = 0, noise: float = 0.0, max_context: int = 64, dtype: torc
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
+            "head_dim": head_dim,
             "max_position_embeddings": max_context,
         }
     )
@@ -40,7 +48,7 @@ def native(seed: int = 0, noise: float = 0.0, max_context: int = 64, dtype: torc
         else:
             weight = draw if "embed" in name or "head" in name else 1.5 * draw / shape[-1] ** 0.5
         weights[name] = weight + noise * torch.randn(shape, generator=disturb, dtype=torch.float64)
-    return NativeModel(config, weights, dtype=dtype)
+    return NativeModel(config, weights, dtype=dtype, kv_cache=kv_cache)
 
 
 def chain(**options: object) -> Chain:

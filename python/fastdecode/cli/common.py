@@ -13,6 +13,7 @@ import torch
 
 from ..generation import CHECKPOINTS
 from ..models import Model, Tokenizer, load_model
+from ..models.paged_cache import CACHES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -41,6 +42,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default float32")
+    parser.add_argument(
+        "--kv-cache", metavar="NAME", help=f"how keys and values are kept: contiguous, {', '.join(CACHES)}"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number measured to be fastest")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 

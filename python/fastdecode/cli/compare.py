@@ -20,7 +20,9 @@ PROMPTS = Path(train.__path__[0]) / "data" / "heldout_prompts.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", metavar="A,B,C", help="default: all that can run; plain is always measured")
+    parser.add_argument(
+        "--methods", metavar="A,B,C", help="default: all that bring no cache of their own; plain is always measured"
+    )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -62,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             repeats=arguments.repeats,
             dtype=DTYPES[arguments.dtype],
             threads=arguments.threads,
+            kv_cache=arguments.kv_cache,
             peers=not arguments.no_peers,
             progress=progress,
         )

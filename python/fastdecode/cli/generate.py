@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         options[name] = value
     for name in ("typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
         options[name] = getattr(arguments, name)
-    for name in ("seed", "stop", "ignore_eos", "logprobs"):
+    for name in ("seed", "stop", "ignore_eos", "logprobs", "kv_cache"):
         options[name] = getattr(arguments, name)
     stream(model, prompts, **options)  # checks the arguments before anything is measured
     with thread_settings() as cpus:
@@ -115,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         "rule": arguments.rule or next(iter(method.rules), None),
         "guarantee": method.guarantee(arguments.rule, sampled=arguments.temperature > 0),
         "dtype": arguments.dtype,
+        "kv_cache": arguments.kv_cache,
         "threads": threads,
     }
     if arguments.json:
@@ -204,6 +205,8 @@ def _show_statistics(method: Method, about: dict[str, Any], results: Results) ->
     if shares := statistics.acceptance_by_position:
         lines["accepted"] = " ".join(f"{share:.2f}" for share in shares) + " of draft 1, 2, ..."
     lines["speed"] = f"{statistics.tokens_per_second:.0f} tokens/s: {', '.join(parts)}"
+    if statistics.cache_bytes:
+        lines["cache"] = f"{statistics.cache_bytes / 1024:.0f} KiB, {statistics.cache_bits_per_value:g} bits per value"
     lines["threads"] = f"{about['threads']}, {about['dtype']}"
     table = Table.grid(padding=(0, 2))
     for name, value in lines.items():
@@ -252,4 +255,6 @@ def _statistics(statistics: Statistics) -> dict[str, Any]:
         "accepted_histogram": statistics.accepted_histogram,
         "tokens_per_s": statistics.tokens_per_second,
         "seconds": statistics.seconds,
+        "cache_bytes": statistics.cache_bytes,
+        "cache_bits_per_value": statistics.cache_bits_per_value,
     }

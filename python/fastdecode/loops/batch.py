@@ -17,8 +17,11 @@ from .. import ops
 from .._host import FinishReason, Rule, Status
 from ..drafters.base import Context, Filters, Penalties
 from ..models.base import KVCache, Model, ModelConfig, Want
+from ..models.cache import ContiguousKVCache
+from ..models.paged_cache import PagedKVCache
 from ..models.tokenizer import Tokenizer
 from ..types import Chunk, Finish, Result, SamplingParams, Statistics
+from .prefill import shared_prefill
 from .text import TextStream
 
 __all__ = ["Batch", "Request"]
@@ -77,6 +80,7 @@ class Batch:
         self.statistics = Statistics()
         self._lap = perf_counter()
         self._tokenizer = tokenizer
+        self._cache: KVCache | None = None
         self.requests: list[Request] = []  # by row; shrinks when requests leave
         for index, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
             max_length = min(len(prompt) + asked.max_new_tokens, config.max_context)
@@ -123,8 +127,12 @@ class Batch:
     def prefill(self, model: Model) -> KVCache:
         """A cache that holds every prompt but its last token, which is slot 0 of the first round."""
         context = self.context
-        cache = model.new_cache(context.batch, context.tokens.shape[1])
+        self._cache = cache = model.new_cache(context.batch, context.tokens.shape[1])
         counts = [length - 1 for length in context.host_lengths]
+        if isinstance(cache, PagedKVCache) and context.batch > 1 and cache.config.prefill == "strict":
+            texts = [row[:count].tolist() for row, count in zip(context.array, counts)]
+            self._cache = shared_prefill(model, cache, texts)
+            return self._cache
         if max(counts) > 0:
             num_tokens = None if min(counts) == max(counts) else counts
             model.forward(context.tokens[:, : max(counts)], cache=cache, num_tokens=num_tokens, want=Want(0))
@@ -258,6 +266,10 @@ class Batch:
     def _end(self, request: Request, finish: Finish) -> None:
         request.finish = finish
         request.statistics.seconds = dict(self.statistics.seconds)
+        if isinstance(self._cache, (ContiguousKVCache, PagedKVCache)):
+            for statistics in (request.statistics, self.statistics):
+                statistics.cache_bytes = max(self.statistics.cache_bytes, self._cache.num_bytes)
+                statistics.cache_bits_per_value = self._cache.bits_per_value
         if request.text is not None:
             request.text.finish(stopped=isinstance(request.stop, str))
 
