@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -115,3 +116,40 @@ def assert_same_pages(left: KVPages, right: KVPages, what: str = "") -> None:
     for name, tensor in tensors(left).items():
         other = tensors(right)[name]
         assert same_bits(tensor, other), f"{what}: {name} differs at {(tensor != other).nonzero()[:5].tolist()}"
+
+
+class Guarded:
+    """The same cache as views into larger memory of random bytes: odd strides, gaps between everything."""
+
+    def __init__(self, pages: KVPages) -> None:
+        self.gaps: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        kivi = is_kivi(pages)
+        packed = {name: 1 if tensor.dim() == 4 else 2 for name, tensor in tensors(pages).items()}
+        packed |= {"k": 2, "k_scale": 3} if kivi else {}
+        spread = {name: self._spread(name, tensor, packed[name]) for name, tensor in tensors(pages).items()}
+        self.pages = dataclasses.replace(pages, **spread)
+
+    def _spread(self, name: str, tensor: Tensor, packed: int) -> Tensor:
+        """`packed`: last dimensions that must stay contiguous."""
+        if tensor.dim() == 1:  # given scales
+            return tensor.clone()
+        lead = tensor.dim() - packed
+        shape = [2 * n + 1 for n in tensor.shape[:lead]] + list(tensor.shape[lead:])
+        shape[-1] += 5 if packed == 1 else 0
+        size = tensor.element_size()
+        raw = torch.randint(256, (*shape, size), generator=generator(703), dtype=torch.uint8)
+        big = raw.view(tensor.dtype).squeeze(-1)
+        free = torch.ones(shape, dtype=torch.bool)
+        at: list[Any] = [slice(1, None, 2)] * lead + [slice(None)] * packed
+        if packed == 1:
+            at[-1] = slice(3, 3 + tensor.shape[-1])
+        view = big[tuple(at)]
+        view.copy_(tensor)
+        free[tuple(at)] = False
+        self.gaps.append((name, raw, raw.clone(), free))
+        return view
+
+    def check(self) -> None:
+        """Nothing was written outside the cache."""
+        for name, raw, before, free in self.gaps:
+            assert torch.equal(raw[free], before[free]), f"{name}: written outside"

@@ -149,11 +149,11 @@ FD_ROW int32_t encode_fp8_row(const C* x, int64_t n, int64_t group, uint8_t* dat
     for (int64_t i = 0; i < group; ++i) {
       const C y = from[i] / scale;
       nan |= y != y;
-      saturated |= is_finite(from[i]) & leaves_format<F>(y);
+      saturated |= (y == y) & is_finite(from[i]) & leaves_format<F>(y);
       to[i] = static_cast<uint8_t>(encode_saturating<F>(y));
     }
     if (nan) status |= kStatusNaN;
-    if (saturated && !nan) status |= kStatusSaturated;
+    if (saturated) status |= kStatusSaturated;
   }
   return status;
 }
