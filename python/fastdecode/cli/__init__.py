@@ -1,4 +1,4 @@
-"""The command line: `fastdecode generate | compare | bench | methods | doctor`."""
+"""The command line: `fastdecode generate | compare | bench | kv | methods | doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import bench, compare, doctor, generate, methods
+from . import bench, compare, doctor, generate, kv, methods
 from .common import UserError
 
 __all__ = ["main"]
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastdecode", description="Fast decoding of language models.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for command in (generate, compare, bench, methods, doctor):
+    for command in (generate, compare, bench, kv, methods, doctor):
         name = command.__name__.rpartition(".")[2]
         summary = (command.__doc__ or "").strip().splitlines()[0]
         own = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)

@@ -63,6 +63,11 @@ def write_lists(folder: Path) -> None:
         (DATA / f"{split}.sha256").write_text("".join(lines))
 
 
+def heldout_names() -> list[str]:
+    """Paths of the held-out files, relative to the standard library's folder; of any Python, with or without hashes."""
+    return [line.split("  ", 1)[1] for line in (DATA / "heldout.sha256").read_text().splitlines()]
+
+
 def load(split: str, folder: Path | None = None) -> dict[str, str]:
     """Read the files of `split` ("train" or "heldout"): relative path -> text.
 
