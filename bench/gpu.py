@@ -7,8 +7,9 @@ empty kernel in a graph of the same form, and the copy of a large buffer, all me
   the number of calls.
 - *cold*: a graph of one call, after something else was read into the cache; the launch of the graph is in it.
 - *floor*: a graph of as many empty kernels, and of one. No call can be faster.
-- *copy*: bytes read plus bytes written per second by a device-to-device copy. A row's *limit* is the larger of the time
-  that this takes for the bytes of the op's contract, and the floor.
+- *copy*: bytes read plus bytes written per second by a device-to-device copy. A row's *limit* is the largest of the
+  time that this takes for the bytes of the op's contract, the time that torch's product of large bfloat16 matrices
+  takes for its multiplications, and the floor.
 
 A call that cannot be captured is timed as it is, one by one; it is marked `stream`.
 """
@@ -121,9 +122,10 @@ class Limits:
     floor_us: float
     cold_floor_us: float
     l2_bytes: int
+    matmul_tflops: float
 
-    def us(self, bytes_moved: int) -> float:
-        return max(self.floor_us, bytes_moved / self.copy_gb_per_s * 1e-3)
+    def us(self, bytes_moved: int, flops: int = 0) -> float:
+        return max(self.floor_us, bytes_moved / self.copy_gb_per_s * 1e-3, flops / self.matmul_tflops * 1e-6)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Row:
     dtype: str
     elements: int
     bytes_moved: int
+    flops: int
     entrants: list[Entrant]
     gb_per_s: float | None
     limit_us: float
@@ -216,24 +219,37 @@ def copy(source: Tensor, target: Tensor) -> None:
     target.copy_(source)
 
 
-def limits(gpu: Gpu, nothing: Call, seconds: float, copy_bytes: int = 1 << 30) -> Limits:
-    """The floor by `nothing`, a call that launches an empty kernel, and the copy ceiling by a buffer."""
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
+
+
+def limits(gpu: Gpu, nothing: Call, seconds: float, copy_bytes: int = 1 << 30, size: int = 8192) -> Limits:
+    """The floor by `nothing`, a call that launches an empty kernel; the ceilings by a buffer and by square matrices."""
     pair = torch.ones(copy_bytes, dtype=torch.uint8), torch.zeros(copy_bytes, dtype=torch.uint8)
-    floor, copied = measure(gpu, {"empty kernel": (nothing, [()]), "copy": (copy, [pair])}, seconds)
-    if floor.rotated is None or floor.cold is None or copied.rotated is None:
-        raise RuntimeError(f"bench.gpu: {floor.name}: {floor.error}; {copied.name}: {copied.error}")
-    return Limits(2 * copy_bytes / copied.rotated.us * 1e-3, floor.rotated.us, floor.cold.us, gpu.l2_bytes)
+    matrices = tuple(torch.randn(size, size).to(torch.bfloat16) for _ in range(2))
+    calls: dict[str, tuple[Call, Inputs]] = {
+        "empty kernel": (nothing, [()]),
+        "copy": (copy, [pair]),
+        "matmul": (matmul, [matrices]),
+    }
+    floor, copied, product = found = measure(gpu, calls, seconds)
+    if floor.rotated is None or floor.cold is None or copied.rotated is None or product.rotated is None:
+        raise RuntimeError("bench.gpu: " + "; ".join(f"{entrant.name}: {entrant.error}" for entrant in found))
+    copy_gb_per_s = 2 * copy_bytes / copied.rotated.us * 1e-3
+    tflops = 2 * size**3 / product.rotated.us * 1e-6
+    return Limits(copy_gb_per_s, floor.rotated.us, floor.cold.us, gpu.l2_bytes, tflops)
 
 
 def row_of(op: str, case: Case, entrants: list[Entrant], limit: Limits) -> Row:
     us = entrants[0].rotated.us if entrants[0].rotated else None
-    bound = limit.us(case.bytes_moved)
+    bound = limit.us(case.bytes_moved, case.flops)
     return Row(
         op=op,
         shape=case.shape,
         dtype=str(case.dtype).removeprefix("torch."),
         elements=case.elements,
         bytes_moved=case.bytes_moved,
+        flops=case.flops,
         entrants=entrants,
         gb_per_s=case.bytes_moved / us * 1e-3 if us else None,
         limit_us=bound,
@@ -296,7 +312,8 @@ def table(report: Report) -> str:
     limit = report.limits
     lines = [
         f"{report.device.get('device')}: copy {limit.copy_gb_per_s:.0f} GB/s (read + written), empty kernel "
-        f"{limit.floor_us:.2f} us in a graph of many, {limit.cold_floor_us:.2f} us in a graph of one",
+        f"{limit.floor_us:.2f} us in a graph of many, {limit.cold_floor_us:.2f} us in a graph of one, products of "
+        f"bfloat16 matrices {limit.matmul_tflops:.0f} TFLOP/s",
         f"{'':44} {'us':>9} {'cold':>9} {'GB/s':>7} {'limit':>8} {'of it':>6} {'x ours':>7}",
     ]
     for row in report.rows:

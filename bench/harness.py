@@ -48,6 +48,7 @@ class Case:
         shape: what is measured, for people.
         elements: logits (or weights), for the nanoseconds per element.
         bytes_moved: what the contract must read and write, not what the code does.
+        flops: multiplications and additions of matrices that the contract asks for; counted on a GPU only.
         inputs: copies that do not fit into the caches together, see `bench.inputs.copies`.
     """
 
@@ -59,6 +60,7 @@ class Case:
     ours: Call
     peers: Mapping[str, Call]
     goals: Sequence[Goal] = ()
+    flops: int = 0
 
     def __post_init__(self) -> None:
         for goal in self.goals:

@@ -114,12 +114,14 @@ def test_limits_and_rows(gpu, harness):
         def time_us(self, run, samples, *, cold=False):
             return [2048.0 + cold] * samples
 
-    limit = gpu.limits(Clock(), lambda: None, 0, copy_bytes=1000)
+    limit = gpu.limits(Clock(), lambda: None, 0, copy_bytes=1000, size=10)
     each = 2048 / gpu.LEAST_CALLS
     assert (limit.floor_us, limit.cold_floor_us) == (each, 2049)
     assert limit.copy_gb_per_s == pytest.approx(2 * 1000 / each * 1e-3)  # bytes read and written
+    assert limit.matmul_tflops == pytest.approx(2 * 10**3 / each * 1e-6)
 
-    limit = gpu.Limits(copy_gb_per_s=4000.0, floor_us=2.0, cold_floor_us=5.0, l2_bytes=1)
+    limit = gpu.Limits(copy_gb_per_s=4000.0, floor_us=2.0, cold_floor_us=5.0, l2_bytes=1, matmul_tflops=500.0)
+    assert limit.us(40_000_000, 10**10) == pytest.approx(20.0)
     assert limit.us(4) == 2.0  # no call is faster than an empty kernel
     assert limit.us(40_000_000) == pytest.approx(10.0)
     case = harness.Case("B=1", torch.bfloat16, 20_000_000, 40_000_000, [()], print, {})
@@ -145,7 +147,7 @@ def test_limits_and_rows(gpu, harness):
 
 def test_a_whole_run(gpu, peers, inputs, monkeypatch):
     """On the CPU in place of a GPU, of ops that have no peers in Triton."""
-    monkeypatch.setattr(gpu, "limits", lambda *_: gpu.Limits(10.0, 1.0, 2.0, 1))
+    monkeypatch.setattr(gpu, "limits", lambda *_: gpu.Limits(10.0, 1.0, 2.0, 1, 3.0))
     monkeypatch.setattr(inputs, "MOST_BYTES", 0)
     monkeypatch.setattr(peers, "compiled", lambda peer: peer)
     fake, seen = FakeGpu(), []
