@@ -14,7 +14,7 @@ import torch
 import fastdecode
 from fastdecode.drafters import Drafter, PromptLookup, SmallModel
 from fastdecode.generation import CHECKPOINTS
-from fastdecode.models import NativeModel, Tokenizer
+from fastdecode.models import KVCacheConfig, NativeModel, Tokenizer
 from fastdecode.testing.drafters import Known, Random
 from fastdecode.train import prompts
 
@@ -103,6 +103,20 @@ def check(count: int, batch: int, name: str, length: int, temperature: float, **
 def test_greedy_speculation_is_greedy_decoding(name, length):
     check(6, 6, name, length, 0.0)
     check(1, 1, name, length, 0.0)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "plain", "fp8", "int8", "int4", "kivi4", "kivi2"])
+def test_speculation_over_any_cache_is_plain_decoding_over_it(name):
+    """Texts that cross several blocks of a kivi cache; uncoded pages give the contiguous cache's tokens."""
+    config = KVCacheConfig(name, page_size=32, flush_block=32) if name.startswith("kivi") else name
+    ids, options = prompt_ids(4), {"max_new_tokens": 48, "kv_cache": config}
+    expected = [result.tokens for result in fastdecode.generate(target(), ids, **options)]
+    texts = [p + o for p, o in zip(ids, expected, strict=True)]
+    for method in (SmallModel(draft()), PromptLookup(), Known(texts, target().config.vocab_size)):
+        results = fastdecode.generate(target(), ids, method=method, draft_length=7, **options)
+        assert [result.tokens for result in results] == expected
+    if name in ("contiguous", "plain"):
+        assert [tokens[:NEW] for tokens in expected] == plain(4)
 
 
 @pytest.mark.slow

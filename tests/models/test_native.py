@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fastdecode.models import NativeConfig, NativeModel, Want, load_model
+from fastdecode.models import ContiguousKVCache, NativeConfig, NativeModel, PagedKVCache, Want, load_model
 
 pytest.importorskip("transformers")
 from tiny_checkpoints import CHECKPOINTS
@@ -103,7 +103,7 @@ def test_long_prefill_is_chunked_inside(window):
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_ragged_rows_equal_single_rows(checkpoint, name, dtype):
-    model = load_model(checkpoint(name)[0], dtype=dtype)
+    model = load_model(checkpoint(name)[0], dtype=dtype, kv_cache="contiguous")
     ids = tokens(4, 60)
     prompt, counts = torch.tensor([9, 1, 14, 6]), torch.tensor([3, 5, 0, 1])
     padded = ids[:, :14].masked_fill(torch.arange(14) >= prompt[:, None], -1)
@@ -319,3 +319,13 @@ def random_weights(config: NativeConfig) -> dict[str, torch.Tensor]:
         name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 if len(shape) == 2 else torch.ones(shape)
         for name, shape in config.tensor_shapes().items()
     }
+
+
+def test_the_default_cache(checkpoint):
+    """Pages where paged attention takes the heads; either kind by name."""
+    wide, narrow = (checkpoint(name)[0] for name in ("llama-mqa-wide-heads", "llama"))
+    kinds = [type(load_model(folder).new_cache(1, 1)) for folder in (wide, narrow)]
+    assert kinds == [PagedKVCache, ContiguousKVCache]
+    assert type(load_model(wide, kv_cache="contiguous").new_cache(1, 1)) is ContiguousKVCache
+    with pytest.raises(ValueError, match=r"kv_cache: expected 'contiguous', paged ones need .*, got head_dim 8"):
+        load_model(narrow, kv_cache="plain")

@@ -49,7 +49,7 @@ def model(dtype: torch.dtype = torch.float64, window: int | None = None, kv_head
         name: 1.5 * torch.randn(shape, generator=generator) / shape[-1] ** 0.5 if len(shape) == 2 else torch.ones(shape)
         for name, shape in config.tensor_shapes().items()
     }
-    return NativeModel(config, weights, dtype=dtype)
+    return NativeModel(config, weights, dtype=dtype, kv_cache="contiguous")
 
 
 def read(ours: NativeModel, ids: torch.Tensor, cuts: list[int] | None = None) -> tuple[PagedKVCache, torch.Tensor]:
@@ -86,7 +86,7 @@ def equal_codes(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["llama-mqa-wide-heads", "mistral-window", "qwen3-biases"])
 def test_plain_pages_are_a_contiguous_cache(checkpoint, name):
-    contiguous = load_model(checkpoint(name)[0], dtype=torch.float64)
+    contiguous = load_model(checkpoint(name)[0], dtype=torch.float64, kv_cache="contiguous")
     paged = load_model(checkpoint(name)[0], dtype=torch.float64, kv_cache="plain")
     ids, prompt = tokens(4, 60), torch.tensor([9, 1, 40, 6])
     caches = [each.new_cache(4, 8) for each in (contiguous, paged)]

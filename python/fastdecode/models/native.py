@@ -79,7 +79,9 @@ class NativeModel:
         device: where the weights and caches live.
         prepack: on the CPU, keep weights in the packed layout of `ops.linear` (float32, float64) or of oneDNN
             (bfloat16).
-        kv_cache: what `new_cache` makes: a KVCacheConfig or its name (see `KVCacheConfig.parse`), or "contiguous".
+        kv_cache: what `new_cache` makes: a KVCacheConfig or its name (see `KVCacheConfig.parse`), or "contiguous". None
+            is "plain" on the CPU where paged attention has a kernel (head_dim a multiple of 16 up to 256), where it is
+            as fast or faster, and "contiguous" elsewhere.
     Raises:
         ValueError: another dtype; a missing, unexpected or mis-shaped tensor, by name; a cache that this head_dim does
             not allow.
@@ -93,7 +95,7 @@ class NativeModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         prepack: bool = True,
-        kv_cache: str | KVCacheConfig = "contiguous",
+        kv_cache: str | KVCacheConfig | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"NativeModel: dtype: expected float32, bfloat16 or float64, got {dtype}")
@@ -101,6 +103,8 @@ class NativeModel:
         self.config = config.model
         self.dtype = dtype
         self.device = torch.device(device)
+        if kv_cache is None:
+            kv_cache = "plain" if self.device.type == "cpu" and _has_pages(config) else "contiguous"
         self.kv_cache = _kv_cache(kv_cache, config)
         wide = torch.promote_types(dtype, torch.float32)
         self._epsilon = torch.tensor(config.norm_eps, dtype=wide, device=self.device)
@@ -267,12 +271,17 @@ class NativeModel:
         return torch.mul(x, scale).to(x.dtype).mul_(weight)
 
 
+def _has_pages(config: NativeConfig) -> bool:
+    """Whether `ops.paged_attention` takes heads of this size."""
+    return config.head_dim % 16 == 0 and config.head_dim <= 256
+
+
 def _kv_cache(kv_cache: str | KVCacheConfig, config: NativeConfig) -> KVCacheConfig | None:
     """The configuration of paged caches, checked against the model; None for contiguous ones."""
     if kv_cache == "contiguous":
         return None
     asked = KVCacheConfig.parse(kv_cache)
-    if config.head_dim % 16 or config.head_dim > 256:
+    if not _has_pages(config):
         got = f"head_dim {config.head_dim}"
         raise ValueError(
             f"NativeModel: kv_cache: expected 'contiguous', paged ones need multiples of 16 up to 256, got {got}"
@@ -314,7 +323,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prepack: bool = True,
-    kv_cache: str | KVCacheConfig = "contiguous",
+    kv_cache: str | KVCacheConfig | None = None,
 ) -> NativeModel:
     """Load a Hugging Face folder (config.json, safetensors) into the native runner.
 
