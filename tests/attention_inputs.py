@@ -52,10 +52,10 @@ def random_pages(num_pages: int, page_size: int, heads: int, head_dim: int, seed
         size = torch.rand(scale.shape, generator=g) + 0.5
         if pages.scheme == KVScheme.FP8_E4M3:
             data[(data & 0x7F) == 0x7F] = 0x3A
-            scale.copy_(size / 100)
+            scale.copy_(size / 200)
         elif pages.scheme == KVScheme.FP8_E5M2:
             data[(data & 0x7F) >= 0x6C] = 0xBA
-            scale.copy_(size / 1000)
+            scale.copy_(size / 2000)
         else:
             bits = {KVScheme.INT8: 8, KVScheme.INT4: 4, KVScheme.KIVI4: 4, KVScheme.KIVI2: 2}[pages.scheme]
             step = size * 4 / 2**bits
@@ -170,29 +170,19 @@ def plain_attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
         length = int(inputs.kv_lens[b])
         count = slots if options.get("num_queries") is None else int(options["num_queries"][b])
         tail = int(options["tail_lens"][b]) if "tail_lens" in options else 0
+        seen_by = reference.visible(
+            length, count, None if mask is None else mask[b], options.get("causal", True), options.get("window")
+        )
+        coded = options.get("coded_lens")
         for i in range(count):
-            coded = options.get("coded_lens")
-            here = tail if coded is None else length - int(coded[b, i])
-            k, v = (t.to(q.dtype) for t in reference.keys_and_values(
-                inputs.pages, inputs.page_table[b], length, b, here))  # fmt: skip
-            seen = torch.tensor(
-                [
-                    reference.sees(
-                        i,
-                        t,
-                        length,
-                        count,
-                        None if mask is None else mask[b],
-                        options.get("causal", True),
-                        options.get("window"),
-                    )
-                    for t in range(length)
-                ],
-                dtype=torch.bool,
-            )
+            if i == 0 or coded is not None:
+                here = tail if coded is None else length - int(coded[b, i])
+                pair = reference.keys_and_values(inputs.pages, inputs.page_table[b], length, b, here)
+                keys, values = (t.to(q.dtype) for t in pair)
+            seen = torch.from_numpy(seen_by[i])
             if not seen.any():
                 continue
-            k, v = (t[seen].repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
+            k, v = (t[seen].repeat_interleave(heads // t.shape[1], 1) for t in (keys, values))
             scores = torch.einsum("hd,thd->ht", q[b, i], k) * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)

@@ -124,12 +124,12 @@ class Attend {
         for (int64_t r = 0; r < block.rows; ++r) {
           const int64_t index = (block.s.first_row + block.node(r)) * a.num_q_heads + block.head(r);
           const Mass<C> mass = state.mass[r];
-          const C inverse = mass.sum == 0 ? C(0) : C(1) / mass.sum;
+          const C sum = mass.sum == 0 ? C(1) : mass.sum;
           static_cast<C*>(a.lse)[index] = mass.sum == mass.sum ? mass.max + log_(mass.sum) : mass.sum;
           T* out = static_cast<T*>(a.out) + index * D;
           const C* total = state.totals + r * width;
           // + 0: never -0, so that keys that a row does not see change no bit
-          for (int64_t d = 0; d < D; ++d) out[d] = FD_ISA::store<T, false>(total[tile.place(d)] * inverse + C(0));
+          for (int64_t d = 0; d < D; ++d) out[d] = FD_ISA::store<T, false>(total[tile.place(d)] / sum + C(0));
         }
       }
     });
@@ -138,24 +138,39 @@ class Attend {
  private:
   void add_tile(const Block& block, bool ring, int64_t first, const State<C>& to) {
     const Sequence& s = block.s;
-    uint64_t any = 0;
+    uint64_t any = 0, all = ~uint64_t{0};
     const int64_t first_node = block.node(0), last_node = block.node(block.rows - 1);
     for (int64_t node = first_node; node <= last_node; ++node) {
       const int64_t coded = s.coded ? s.coded[node] : s.coded_end;
       const uint64_t stored = ring ? bits_between(coded - first, kKeys) : bits_between(0, coded - first);
-      any |= seen[node - first_node] = s.seen(node, first) & stored;
+      const uint64_t here = s.seen(node, first) & stored;
+      seen[node - first_node] = here;
+      any |= here;
+      all &= here;
     }
     if (!any) return;
     tile.load(block, ring, first, any);
-    tile.multiply_keys(block.rows, weights);
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const C fade = weigh<C>(weights + r * kKeys, seen[block.node(r) - first_node], static_cast<C>(a.scale),
-                              static_cast<C>(a.softcap), to.mass[r]);
+    if (any == all || tile.hides_values()) return add_rows(block, 0, block.rows, to);
+    // A value that is not finite would spoil the rows that do not see it: each node with what it sees.
+    for (int64_t r = 0, end; r < block.rows; r = end) {
+      for (end = r; end < block.rows && block.node(end) == block.node(r);) ++end;
+      if (!seen[block.node(r) - first_node]) continue;
+      tile.load(block, ring, first, seen[block.node(r) - first_node]);
+      add_rows(block, r, end, to);
+    }
+  }
+
+  // Rows begin .. end - 1 to the tile.
+  void add_rows(const Block& block, int64_t begin, int64_t end, const State<C>& to) {
+    tile.multiply_keys(begin, end - begin, weights);
+    for (int64_t r = begin; r < end; ++r) {
+      const C fade = weigh<C>(weights + (r - begin) * kKeys, seen[block.node(r) - block.node(0)],
+                              static_cast<C>(a.scale), static_cast<C>(a.softcap), to.mass[r]);
       C* total = to.totals + r * width;
       if (fade != 1)
         for (int64_t i = 0; i < width; ++i) total[i] *= fade;
     }
-    tile.add_values(block.rows, weights, to.totals);
+    tile.add_values(end - begin, weights, to.totals + begin * width);
   }
 
   const AttendArgs& a;

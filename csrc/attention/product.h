@@ -93,9 +93,6 @@ FD_INLINE void product_block(int64_t inner, const E* a, int64_t a_stride, const 
   using Sums = typename Register<S>::type;
   constexpr int kLanes = kRegister / sizeof(E);
   Sums sum[kHeight][kVectors] = {};
-  if constexpr (kAdd)
-    for (int r = 0; r < kHeight; ++r)
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = *reinterpret_cast<const Sums*>(c + r * c_stride + v * kLanes);
   for (int64_t k = 0; k < inner; ++k) {
     const auto* row = reinterpret_cast<const typename Register<E>::type*>(b + k * b_stride);
 #pragma GCC unroll 8
@@ -104,7 +101,10 @@ FD_INLINE void product_block(int64_t inner, const E* a, int64_t a_stride, const 
       for (int v = 0; v < kVectors; ++v) sum[r][v] = P::add(sum[r][v], row[v], a[r * a_stride + k]);
   }
   for (int r = 0; r < kHeight; ++r)
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Sums*>(c + r * c_stride + v * kLanes) = sum[r][v];
+    for (int v = 0; v < kVectors; ++v) {
+      auto* to = reinterpret_cast<Sums*>(c + r * c_stride + v * kLanes);
+      *to = kAdd ? *to + sum[r][v] : sum[r][v];
+    }
 }
 
 template <class P, bool kAdd, int kVectors, class E, class S>
@@ -125,11 +125,20 @@ void product_columns(int64_t rows, int64_t inner, const E* a, int64_t a_stride, 
 
 }  // namespace detail
 
+// Elements of `inner` are summed up so many at a time: one sum of all would be less exact.
+inline constexpr int64_t kChunk = 16;
+
 // Strides in elements; columns a multiple of 16.
 template <class P, bool kAdd, class E = typename P::Element, class S = typename P::Sum>
 void product(int64_t rows, int64_t columns, int64_t inner, const E* a, int64_t a_stride, const E* b, int64_t b_stride,
              S* c, int64_t c_stride) {
   constexpr int64_t kLanes = kRegister / sizeof(E), kWidth = kBlockVectors * kLanes;
+  if (inner > kChunk) {
+    product<P, kAdd>(rows, columns, kChunk, a, a_stride, b, b_stride, c, c_stride);
+    a += kChunk;
+    b += kChunk * b_stride;
+    return product<P, true>(rows, columns, inner - kChunk, a, a_stride, b, b_stride, c, c_stride);
+  }
   int64_t column = 0;
   for (; column + kWidth <= columns; column += kWidth)
     detail::product_columns<P, kAdd, kBlockVectors>(rows, inner, a, a_stride, b + column, b_stride, c + column,

@@ -132,9 +132,19 @@ class NumberTile {
     }
   }
 
-  // weights [rows, kKeys] = q.k
-  void multiply_keys(int64_t num_rows, C* weights) {
-    product<Numbers<C>, false>(num_rows, kKeys, D, q, D, keys, kKeys, weights, kKeys);
+  // Whether a weight of 0 hides any value.
+  bool hides_values() const {
+    LaneBits<C> broken = {};
+    for (int64_t i = 0; i < kKeys * D; i += kWide) {
+      const Lanes<C> x = load_lanes(values + i);
+      broken |= (LaneBits<C>)(x - x != 0);
+    }
+    return !any_bit(broken);
+  }
+
+  // weights [rows, kKeys] = q.k, for rows first and on
+  void multiply_keys(int64_t first, int64_t num_rows, C* weights) {
+    product<Numbers<C>, false>(num_rows, kKeys, D, q + first * D, D, keys, kKeys, weights, kKeys);
   }
   // totals [rows, width] += weights values
   void add_values(int64_t num_rows, const C* weights, C* totals) {
@@ -209,8 +219,16 @@ class PairTile {
     }
   }
 
-  void multiply_keys(int64_t num_rows, float* weights) {
-    product<Pairs, false>(num_rows, kKeys, D / 2, q, D / 2, keys, kKeys, weights, kKeys);
+  bool hides_values() const {
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    __mmask32 broken = 0;
+    for (int64_t i = 0; i < kKeys / 2 * width(D); i += 16)
+      broken |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(values + i), exponent), exponent);
+    return !broken;
+  }
+
+  void multiply_keys(int64_t first, int64_t num_rows, float* weights) {
+    product<Pairs, false>(num_rows, kKeys, D / 2, q + first * D / 2, D / 2, keys, kKeys, weights, kKeys);
   }
 
   void add_values(int64_t num_rows, const float* weights, float* totals) {
@@ -361,17 +379,20 @@ class CodeTile {
     }
   }
 
-  void multiply_keys(int64_t num_rows, float* weights) {
+  bool hides_values() const { return true; }
+
+  void multiply_keys(int64_t first, int64_t num_rows, float* weights) {
     const int64_t inner = D / 4 / groups;
     for (int64_t g = 0; g < groups; ++g) {
       for (int64_t plane = 0; plane < 2; ++plane)
-        product<Bytes, false>(num_rows, kKeys, inner, q + plane * kRows * D / 4 + g * inner, D / 4,
+        product<Bytes, false>(num_rows, kKeys, inner, q + (plane * kRows + first) * D / 4 + g * inner, D / 4,
                               keys + g * inner * kKeys, kKeys, sums + plane * kRows * kKeys, kKeys);
       const float *step = scales + 2 * g * kKeys, *offset = step + kKeys;
       for (int64_t r = 0; r < num_rows; ++r) {
         for (int64_t key = 0; key < kKeys; key += 16) {
-          const Lanes<float> sum = joined(sums + r * kKeys + key, sums + (kRows + r) * kKeys + key) * q_unit[r];
-          const Lanes<float> x = fma(sum, load_lanes(step + key), load_lanes(offset + key) * q_sum[r * groups + g]);
+          const Lanes<float> sum = joined(sums + r * kKeys + key, sums + (kRows + r) * kKeys + key) * q_unit[first + r];
+          const Lanes<float> x =
+              fma(sum, load_lanes(step + key), load_lanes(offset + key) * q_sum[(first + r) * groups + g]);
           float* to = weights + r * kKeys + key;
           put(std::true_type{}, to, g ? load_lanes(to) + x : x);
         }
@@ -388,8 +409,8 @@ class CodeTile {
         Lanes<float> top = {}, offsets = {};
         for (int64_t key = 0; key < kKeys; key += 16) {
           const Lanes<float> weight = load_lanes(weights + r * kKeys + key);
-          const Lanes<float> x = weight * load_lanes(step + key);
-          offsets = fma(weight, load_lanes(offset + key), offsets);
+          const Lanes<float> x = weight != 0 ? weight * load_lanes(step + key) : Lanes<float>{};
+          offsets = weight != 0 ? fma(weight, load_lanes(offset + key), offsets) : offsets;
           top = larger<float>(top, x < 0 ? -x : x);
           put(std::true_type{}, stepped + key, x);
         }

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..._host import KVScheme, Status
 from ...ops.kv_pages import KVPages
 
-__all__ = ["Attended", "dequantised", "keys_and_values", "merge_states", "paged_attention", "prefix_attention", "sees"]
+__all__ = [
+    "Attended",
+    "dequantised",
+    "keys_and_values",
+    "merge_states",
+    "paged_attention",
+    "prefix_attention",
+    "visible",
+]
 
 _BITS = {KVScheme.INT8: 8, KVScheme.INT4: 4, KVScheme.KIVI4: 4, KVScheme.KIVI2: 2}
 _FP8 = {KVScheme.FP8_E4M3: torch.float8_e4m3fn, KVScheme.FP8_E5M2: torch.float8_e5m2}
@@ -73,28 +81,29 @@ def keys_and_values(pages: KVPages, table: Tensor, length: int, b: int = 0, tail
     return k, v
 
 
-def _depth(mask_row: Tensor, node: int, num_nodes: int) -> int:
-    return sum(_bit(mask_row, n) for n in range(num_nodes) if n != node)
+def visible(
+    length: int, num_nodes: int, tree_mask: Tensor | None = None, causal: bool = True, window: int | None = None
+) -> np.ndarray:
+    """Which of a request's `length` cached tokens each of its queries sees, bool [num_nodes, length].
 
-
-def _bit(mask_row: Tensor, n: int) -> int:
-    return int(mask_row[n // 32]) >> (n % 32) & 1
-
-
-def sees(
-    node: int, key: int, length: int, num_nodes: int, tree_mask: Tensor | None, causal: bool, window: int | None
-) -> bool:
-    """Whether query `node` of a request sees its cached token `key`. tree_mask: int32 [N, W], the request's own."""
+    tree_mask: int32 [N, W], the request's own.
+    """
     base = length - num_nodes
+    keys = np.arange(length)  # their positions
     if tree_mask is None:
-        position = base + node
-        visible = key <= position or not causal
-        return visible and (window is None or position - key < window)
-    position, key_position, visible = base + _depth(tree_mask[node], node, num_nodes), key, True
-    if key >= base:
-        visible = bool(_bit(tree_mask[node], key - base))
-        key_position = base + _depth(tree_mask[key - base], key - base, num_nodes)
-    return visible and (window is None or position - key_position < window)
+        positions = base + np.arange(num_nodes)
+        seen = (keys <= positions[:, None]) | (not causal)
+    else:
+        words = tree_mask.numpy()
+        bits = np.array([[words[i, n // 32] >> (n % 32) & 1 for n in range(num_nodes)] for i in range(num_nodes)])
+        bits = bits.reshape(num_nodes, num_nodes).astype(bool)
+        ancestors = bits & ~np.eye(num_nodes, dtype=bool)
+        positions = base + ancestors.sum(1)
+        seen = np.concatenate((np.ones((num_nodes, base), bool), bits), 1)
+        keys = np.concatenate((keys[:base], positions))
+    if window is not None:
+        seen &= positions[:, None] - keys < window
+    return seen
 
 
 def _softmax(
@@ -148,11 +157,12 @@ def paged_attention(
         if bool(((ids < 0) | (ids >= pages.num_pages)).any()):
             status[b] = Status.BAD_PAGE
             continue
-        mask = None if tree_mask is None else tree_mask[b]
+        seen_by = visible(length, count, None if tree_mask is None else tree_mask[b], causal, window)
         for i in range(count):
-            keys, values = keys_and_values(pages, page_table[b], length, b, length - coded[i])
-            k, v = (t.numpy().astype(np.longdouble) for t in (keys, values))
-            seen = [t for t in range(length) if sees(i, t, length, count, mask, causal, window)]
+            if i == 0 or coded[i] != coded[i - 1]:
+                keys, values = keys_and_values(pages, page_table[b], length, b, length - coded[i])
+                k, v = (t.numpy().astype(np.longdouble) for t in (keys, values))
+            seen = seen_by[i]
             for h in range(heads):
                 scores = k[seen, h // per_key] @ queries[b, i, h]
                 out[b, i, h], lse[b, i, h] = _softmax(
