@@ -1,7 +1,7 @@
 #include "kvquant/kv_dequant.h"
 
+#include "core/cpu/kv_rows.h"
 #include "core/rows.h"
-#include "kvquant/read_row.h"
 #include "kvquant/requests.h"
 
 namespace fastdecode::FD_ISA {

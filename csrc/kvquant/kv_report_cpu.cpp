@@ -1,7 +1,7 @@
+#include "core/cpu/kv_rows.h"
 #include "core/rows.h"
 #include "kvquant/cached_value.h"
 #include "kvquant/kv_report.h"
-#include "kvquant/read_row.h"
 #include "kvquant/requests.h"
 
 namespace fastdecode::FD_ISA {

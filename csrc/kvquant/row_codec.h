@@ -1,16 +1,13 @@
-// The channels of one head of one token, coded and decoded on the CPU: a row of numbers of the compute type on one
-// side, the bytes of core/kv.h on the other.
+// The channels of one head of one token, coded on the CPU: a row of numbers of the compute type becomes the bytes of
+// core/kv.h. core/cpu/kv_rows.h reads them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "core/cpu/tiles.h"
-#include "core/kv_codec.h"
+#include "core/cpu/kv_rows.h"
 
 namespace fastdecode::FD_ISA {
-
-typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
 template <class C>
 struct Range {
@@ -167,41 +164,6 @@ FD_ROW int32_t store_row(const C* x, int64_t n, E* to) {
     to[i] = store<E, true>(x[i]);
   }
   return (odd ? kStatusNaN : 0) | (saturated ? kStatusSaturated : 0);
-}
-
-template <class T, class C>
-FD_ROW void load_row(const T* x, int64_t n, C* to) {
-  for_lanes(0, n, [&](auto wide, int64_t i) {
-    if constexpr (std::is_same_v<Compute<T>, C>) {
-      put<C>(wide, to + i, take(wide, x + i));
-    } else if constexpr (wide) {
-      for (int64_t l = 0; l < kWide; ++l) to[i + l] = static_cast<C>(load(x[i + l]));
-    } else {
-      to[i] = static_cast<C>(load(x[i]));
-    }
-  });
-}
-
-template <class C>
-FD_ROW void decode_int_row(const uint8_t* data, const Half* scale, int64_t n, int64_t group, int bits, C* to) {
-  uint8_t codes[kMaxHeadDim];
-  const int64_t bytes = n * bits / 8;
-  for (int64_t part = 0; part < 8 / bits; ++part)
-    for (int64_t j = 0; j < bytes; ++j)
-      codes[part * bytes + j] = static_cast<uint8_t>(data[j] >> (bits * part) & ((1 << bits) - 1));
-  for (int64_t g = 0; g * group < n; ++g) {
-    const C step = static_cast<C>(load(scale[2 * g])), offset = static_cast<C>(load(scale[2 * g + 1]));
-    for (int64_t i = g * group; i < (g + 1) * group; ++i) to[i] = decode_grid<C>(codes[i], step, offset);
-  }
-}
-
-template <class C>
-FD_ROW void decode_fp8_row(const uint8_t* data, const float* scales, bool given, bool e4m3, int64_t n, int64_t group,
-                           C* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    const C scale = static_cast<C>(given ? *scales : scales[i / group]);
-    to[i] = static_cast<C>(e4m3 ? decode_e4m3(data[i]) : decode_e5m2(data[i])) * scale;
-  }
 }
 
 }  // namespace fastdecode::FD_ISA
