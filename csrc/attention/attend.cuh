@@ -10,8 +10,6 @@ namespace fastdecode::FD_ISA {
 inline constexpr int kBlockWarps = 4, kBlockThreads = kBlockWarps * kWarp;
 inline constexpr int kSplit = 512;  // keys
 inline constexpr int kMaxStages = 3;
-inline constexpr int64_t kMaxSharedBytes = 225 << 10,
-                         kHalfSharedBytes = 112 << 10;  // one block to a multiprocessor, two
 
 // Scores and sums are held as tensor cores leave them (core/cuda/mma.cuh); float and double, which have none that keep
 // their precision, get them from ordinary loops.

@@ -383,7 +383,8 @@ __global__ void __launch_bounds__(kBlockThreads) merge_kernel(AttendArgs a, Plan
 template <class T, int kHeadDim>
 void launch(const AttendArgs& a, const Plan& plan, const Exec& ex) {
   const unsigned blocks = grid_of(plan.num_tiles * plan.splits * a.pages.num_heads);
-  FD_ALLOW_SHARED((attend_kernel<T, kHeadDim>), plan.shared_bytes);
+  // The same for all calls: another thread may be about to launch one.
+  FD_ALLOW_SHARED((attend_kernel<T, kHeadDim>), shared_limit() - static_cast<int64_t>(sizeof(Shared<T>)));
   FD_LAUNCH((attend_kernel<T, kHeadDim>), blocks, kBlockThreads, plan.shared_bytes, ex.stream, a, plan);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <stdexcept>
 
 #include "attention/attend.cuh"
 
@@ -98,64 +99,75 @@ int place(Source& s, int at) {
   return align(at + (s.by_channel ? groups : Tile<T>::kKeys) * s.scale_bytes);
 }
 
+// Cuts the query rows of a request, or of all groups, into tiles of 16 * row_tiles.
+inline void cut_rows(const AttendArgs& a, int row_tiles, Plan& plan) {
+  const int64_t rows = (a.group_start ? a.num_rows : a.num_slots) * group_size(a), tile = 16 * row_tiles;
+  plan.row_tiles = row_tiles;
+  plan.tiles_per_request = divide_up(rows, tile);
+  plan.num_tiles = a.group_start ? rows / tile + a.batch : plan.tiles_per_request * a.batch;
+}
+
+template <class T>
+void lay_out(int64_t head_dim, bool has_ring, Plan& plan) {
+  bool decodes = false;
+  plan.stage_bytes = 0;
+  for (int ring = 0; ring <= has_ring; ++ring) {
+    int bytes = 0;
+    for (Source& s : plan.sources[ring]) {
+      s.as_is &= s.copy_bytes != 0;
+      bytes = place<T>(s, bytes);
+      decodes |= !s.as_is;
+    }
+    plan.stage_bytes = bytes > plan.stage_bytes ? bytes : plan.stage_bytes;
+  }
+  constexpr int kSize = sizeof(T), kPad = Tile<T>::kPad, kKeys = Tile<T>::kKeys;
+  const int64_t rows = 16 * plan.row_tiles, tile_bytes = decodes ? kKeys * (head_dim + kPad) * kSize : 0;
+  plan.p = align(rows * (head_dim + kPad) * kSize);
+  plan.k = plan.p + align(rows * (kKeys + kPad) * kSize);
+  plan.v = plan.k + align(tile_bytes);
+  plan.stage = plan.v + align(tile_bytes);
+}
+
+// Nothing here changes a bit of any row.
 template <class T>
 Plan make_plan(const AttendArgs& a) {
   const KVPages& pages = a.pages;
-  const int64_t head_dim = pages.head_dim, group = group_size(a);
   Plan plan{};
   plan.page_splits = static_cast<int>(num_page_splits(a));
   plan.splits = plan.page_splits + static_cast<int>(num_ring_splits(a));
-  plan.sources[0][0] = page_source(pages, pages.k, true, a.dtype);
-  plan.sources[0][1] = page_source(pages, pages.v, false, a.dtype);
+  const bool has_ring = plan.splits > plan.page_splits;
   for (int i = 0; i < 2; ++i) {
     const KVStore& store = i == 0 ? pages.k : pages.v;
+    plan.sources[0][i] = page_source(pages, store, i == 0, a.dtype);
     plan.sources[1][i] = plain_source(store.tail, pages.tail_dtype, store.tail_batch_stride, store.tail_token_stride,
-                                      store.tail_head_stride, head_dim, a.dtype);
+                                      store.tail_head_stride, pages.head_dim, a.dtype);
   }
-  const bool has_ring = plan.splits > plan.page_splits;
-
-  const int64_t rows = (a.group_start ? a.num_rows : a.num_slots) * group;
-  plan.row_tiles = static_cast<int>(divide_up(rows < Tile<T>::kRows ? rows : Tile<T>::kRows, 16));
-  const int tile_rows = 16 * plan.row_tiles;
-  plan.tiles_per_request = divide_up(rows, tile_rows);
-  plan.num_tiles = a.group_start ? rows / tile_rows + a.batch : plan.tiles_per_request * a.batch;
-
-  auto lay_out = [&] {
-    bool decodes = false;
-    for (int ring = 0; ring <= has_ring; ++ring) {
-      int bytes = 0;
-      for (Source& s : plan.sources[ring]) {
-        bytes = place<T>(s, bytes);
-        decodes |= !s.as_is;
-      }
-      plan.stage_bytes = bytes > plan.stage_bytes ? bytes : plan.stage_bytes;
-    }
-    const int tile_bytes = Tile<T>::kKeys * static_cast<int>((head_dim + Tile<T>::kPad) * sizeof(T));
-    plan.p = align(tile_rows * static_cast<int64_t>((head_dim + Tile<T>::kPad) * sizeof(T)));
-    plan.k = plan.p + align(tile_rows * static_cast<int64_t>((Tile<T>::kKeys + Tile<T>::kPad) * sizeof(T)));
-    plan.v = plan.k + (decodes ? tile_bytes : 0);
-    plan.stage = plan.v + (decodes ? tile_bytes : 0);
-  };
   for (auto& sources : plan.sources)
-    for (Source& s : sources) {
-      s.copy_bytes = copy_bytes(s, Tile<T>::kKeys);
-      s.as_is &= s.copy_bytes != 0;
-    }
-  lay_out();
+    for (Source& s : sources) s.copy_bytes = copy_bytes(s, Tile<T>::kKeys);
+  const int64_t rows = (a.group_start ? a.num_rows : a.num_slots) * group_size(a), most = Tile<T>::kRows;
+  cut_rows(a, static_cast<int>(divide_up(rows < most ? rows : most, 16)), plan);
+  lay_out<T>(pages.head_dim, has_ring, plan);
+
   const auto fixed = static_cast<int64_t>(sizeof(Shared<T>));
-  auto total = [&](int stages) { return plan.stage + stages * plan.stage_bytes + fixed; };
-  if (total(2) > kMaxSharedBytes) {  // decode from the cache itself
+  const int64_t limit = shared_limit();
+  auto total = [&](int stages) { return plan.stage + int64_t{stages} * plan.stage_bytes + fixed; };
+  if (total(2) > limit) {  // no room for stages: decode from the cache itself
     for (auto& sources : plan.sources)
-      for (Source& s : sources) s.copy_bytes = 0, s.as_is = false;
-    plan.stage_bytes = 0;
-    lay_out();
+      for (Source& s : sources) s.copy_bytes = 0;
+    lay_out<T>(pages.head_dim, has_ring, plan);
   }
-  plan.stages = total(kMaxStages) <= kHalfSharedBytes ? kMaxStages : 2;
+  while (total(2) > limit && plan.row_tiles > 1) {
+    cut_rows(a, plan.row_tiles - 1, plan);
+    lay_out<T>(pages.head_dim, has_ring, plan);
+  }
+  if (total(2) > limit)
+    throw std::invalid_argument("attention: this GPU has too little shared memory for the head_dim");
+  plan.stages = total(kMaxStages) <= limit / 2 - 1024 ? kMaxStages : 2;  // only where two blocks still fit side by side
   plan.shared_bytes = plan.stage + plan.stages * plan.stage_bytes;
 
   const int64_t states = a.num_rows * a.num_q_heads * plan.splits;
   plan.out = a.scratch;
-  plan.lse = static_cast<Compute<T>*>(a.scratch) + states * head_dim;
+  plan.lse = static_cast<Compute<T>*>(a.scratch) + states * pages.head_dim;
   return plan;
 }
 

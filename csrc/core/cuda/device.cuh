@@ -45,6 +45,18 @@ inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+// Bytes of shared memory that a block may have, static and dynamic, on the current device.
+inline int64_t shared_limit() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+#else
+  return simt::kMaxShared;
+#endif
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
 
