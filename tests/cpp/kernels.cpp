@@ -7,6 +7,11 @@
 //   kernels misaligned 1|3|4     by UBSan: logits at an odd address
 #include <fastdecode/core/exec.h>
 #include <fastdecode/gemv/linear.h>
+#include <fastdecode/kvquant/kv_append.h>
+#include <fastdecode/kvquant/kv_dequant.h>
+#include <fastdecode/kvquant/kv_flush.h>
+#include <fastdecode/kvquant/kv_keep.h>
+#include <fastdecode/kvquant/kv_report.h>
 #include <fastdecode/sample/apply_token_bitmask.h>
 #include <fastdecode/sample/penalize.h>
 #include <fastdecode/sample/row_stats.h>
@@ -682,6 +687,175 @@ Bytes run_tree_mask(const Case& c, const Exec& exec) {
   return out.all();
 }
 
+// Keys or values of a cache, tokens of a page before heads, no gaps; and how large its three buffers are.
+struct StoreSizes {
+  int64_t data, scale, tail;
+};
+
+StoreSizes lay_out(const KVPages& p, bool is_key, KVStore& s) {
+  const int64_t bits = code_bits(p.scheme), H = p.num_heads, D = p.head_dim, groups = D / p.group;
+  const int64_t width = bits ? D * bits / 8 : D, each = bits ? 1 : size_of(p.dtype);
+  const bool fp8 = p.scheme == kKVFp8E4M3 || p.scheme == kKVFp8E5M2;
+  s.token_stride = H * width, s.head_stride = width, s.page_stride = p.page_size * H * width;
+  s.scale_head_stride = fp8 ? groups : 2 * groups, s.scale_token_stride = H * s.scale_head_stride;
+  s.scale_page_stride = p.page_size * s.scale_token_stride;
+  StoreSizes sizes{p.num_pages * s.page_stride * each, p.num_pages * s.scale_page_stride * (fp8 ? 4 : 2), 0};
+  if (p.scheme == kKVPlain) sizes.scale = 0;
+  if (p.static_scale) {
+    s.scale_page_stride = s.scale_token_stride = 0, s.scale_head_stride = 1;
+    sizes.scale = H * 4;
+  }
+  if (!is_kivi(p.scheme)) return sizes;
+  if (is_key) {
+    s.token_stride = 0, s.head_stride = D * p.page_size * bits / 8, s.page_stride = H * s.head_stride;
+    s.scale_token_stride = 0, s.scale_head_stride = p.page_size / p.group * 2 * D;
+    s.scale_page_stride = H * s.scale_head_stride;
+    sizes.scale = p.num_pages * s.scale_page_stride * 2;
+  }
+  s.tail_head_stride = D, s.tail_token_stride = H * D, s.tail_batch_stride = p.tail_size * H * D;
+  sizes.tail = p.tail_batch * s.tail_batch_stride * size_of(p.tail_dtype);
+  return sizes;
+}
+
+enum class KVOp { kAppend, kFlush, kKeep, kDequant, kReport };
+
+// One op on a cache, after those that fill it. The variant is the scheme, with and without rotation.
+template <KVOp kOp>
+Bytes run_kv(const Case& c, const Exec& exec) {
+  constexpr int64_t kTableWidth = 4;
+  const auto scheme = static_cast<KVScheme>(kOp == KVOp::kFlush ? kKVKivi4 + c.variant / 2 : c.variant / 2);
+  const bool rotates = c.variant % 2, kivi = is_kivi(scheme);
+  const int64_t B = c.batch, H = 2, Hq = 3, D = 8 * (1 + c.vocab_size % 17), count = std::min<int64_t>(7 * c.rows, 16);
+  KVPages p{.num_pages = B * kTableWidth, .page_size = kivi ? 16 : 5, .num_heads = H, .head_dim = D};
+  p.scheme = scheme, p.group = kivi || c.rows == 3 ? 8 : D, p.tail_batch = kivi ? B : 0, p.tail_size = kivi ? 16 : 0;
+  p.dtype = p.tail_dtype = c.rows == 3 ? DType::kFloat16 : c.dtype, p.static_scale = rotates && c.rows == 3;
+  p.static_scale = p.static_scale && (scheme == kKVFp8E4M3 || scheme == kKVFp8E5M2);
+  Outputs cache{std::byte{0x11}};
+  for (KVStore* s : {&p.k, &p.v}) {
+    const StoreSizes sizes = lay_out(p, s == &p.k, *s);
+    s->data = cache.add_bytes(sizes.data);
+    s->scale = cache.add_bytes(sizes.scale);
+    s->tail = cache.add_bytes(sizes.tail);
+    for (int64_t h = 0; p.static_scale && h < H; ++h) static_cast<float*>(s->scale)[h] = 0.25f;
+  }
+  Case shape = c, dense = c;
+  shape.batch = B * count, shape.vocab_size = D, dense.strided = false;
+  const Rows k = make_rows(shape, H, c.dtype, 21, false), v = make_rows(shape, H, c.dtype, 22, false);
+  Rows q = make_rows(shape, Hq, c.dtype, 23, false);
+  const auto table = make_table<int32_t>(
+      c, kTableWidth, [](int64_t b, int64_t i) { return b % 8 == 7 && i == 1 ? -1 : kTableWidth * b + (i ^ 3); });
+  std::vector<int64_t> slots, positions;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t in_page = (kTableWidth * b + (t / p.page_size ^ 3)) * p.page_size + t % p.page_size;
+      slots.push_back(t == 9 ? -1 : b == 2 && t == 3 ? 1 << 20 : kivi ? b * p.tail_size + t : in_page);
+      positions.push_back(b == 3 && t == 2 ? 32 : t);
+    }
+  const DType wide = compute(c.dtype);
+  Bytes rope(32 * D * size_of(wide));
+  for (int64_t i = 0; i < 32 * D; ++i) put(rope, i, wide, static_cast<double>(i % 17 - 8) / 8);
+  Outputs out(c.before);
+  cpu::kv_append({.k = k.data.data(),
+                  .v = v.data.data(),
+                  .slots = slots.data(),
+                  .q = rotates ? q.data.data() : nullptr,
+                  .rope = rotates ? rope.data() : nullptr,
+                  .positions = rotates ? positions.data() : nullptr,
+                  .status = out.add<int32_t>(B * count),
+                  .pages = p,
+                  .num_tokens = B * count,
+                  .num_q_heads = rotates ? Hq : 0,
+                  .num_positions = rotates ? 32 : 0,
+                  .k_token_stride = k.batch_stride,
+                  .k_head_stride = k.row_stride,
+                  .v_token_stride = v.batch_stride,
+                  .v_head_stride = v.row_stride,
+                  .q_token_stride = q.batch_stride,
+                  .q_head_stride = q.row_stride,
+                  .dtype = c.dtype,
+                  .positions_are_32 = false,
+                  .interleaved = c.rows == 3},
+                 exec);
+  const auto begin = make_table<int32_t>(dense, 1, [](int64_t b, int64_t) { return b % 4 == 3 ? 8 : b % 5 == 4; });
+  const auto end = make_table<int32_t>(dense, 1, [](int64_t b, int64_t) { return b % 3 == 2 ? 0 : 16; });
+  if (kivi && kOp != KVOp::kAppend && kOp != KVOp::kKeep) {
+    cpu::kv_flush({.pages = p,
+                   .page_table = table.data.data(),
+                   .begin = begin.data.data(),
+                   .end = end.data.data(),
+                   .status = out.add<int32_t>(B),
+                   .batch = B,
+                   .max_pages = kTableWidth,
+                   .page_table_stride = table.stride},
+                  exec);
+  }
+  const auto path =
+      make_table<int32_t>(c, 4, [](int64_t b, int64_t i) { return b % 6 == 5 ? 3 - i : i * (i + 1) / 2; });
+  const auto num_keep = make_table<int32_t>(dense, 1, [](int64_t b, int64_t) { return b % 7 == 6 ? 5 : 4; });
+  const auto base = make_table<int32_t>(dense, 1, [](int64_t b, int64_t) { return b % 3 + 1; });
+  if (kOp == KVOp::kKeep) {
+    cpu::kv_keep({.pages = p,
+                  .path = path.data.data(),
+                  .num_keep = num_keep.data.data(),
+                  .page_table = kivi ? nullptr : table.data.data(),
+                  .base_lens = base.data.data(),
+                  .status = out.add<int32_t>(B),
+                  .batch = B,
+                  .max_keep = 4,
+                  .max_pages = kTableWidth,
+                  .page_table_stride = table.stride,
+                  .path_stride = path.stride},
+                 exec);
+  }
+  const auto lens = make_table<int32_t>(dense, 1, [=](int64_t b, int64_t) { return b % 5 == 4 ? 99 : count - b % 3; });
+  const auto tails = make_table<int32_t>(dense, 1, [](int64_t b, int64_t) { return b % 4; });
+  const int32_t* tail_lens = kivi && rotates ? tails.data.data() : nullptr;
+  if (kOp == KVOp::kDequant) {
+    cpu::kv_dequant({.pages = p,
+                     .page_table = table.data.data(),
+                     .kv_lens = lens.data.data(),
+                     .tail_lens = tail_lens,
+                     .k = out.add_bytes(B * count * H * D * size_of(c.dtype)),
+                     .v = out.add_bytes(B * count * H * D * size_of(c.dtype)),
+                     .status = out.add<int32_t>(B),
+                     .batch = B,
+                     .length = count,
+                     .max_pages = kTableWidth,
+                     .page_table_stride = table.stride,
+                     .dtype = c.dtype},
+                    exec);
+  }
+  if (kOp == KVOp::kReport) {
+    cpu::kv_report({.k = k.data.data(),
+                    .v = v.data.data(),
+                    .pages = p,
+                    .page_table = table.data.data(),
+                    .kv_lens = lens.data.data(),
+                    .tail_lens = tail_lens,
+                    .errors = out.add<double>(2 * B * H * 3),
+                    .status = out.add<int32_t>(B),
+                    .batch = B,
+                    .length = count,
+                    .max_pages = kTableWidth,
+                    .page_table_stride = table.stride,
+                    .k_batch_stride = count * k.batch_stride,
+                    .k_token_stride = k.batch_stride,
+                    .k_head_stride = k.row_stride,
+                    .v_batch_stride = count * v.batch_stride,
+                    .v_token_stride = v.batch_stride,
+                    .v_head_stride = v.row_stride,
+                    .dtype = c.dtype},
+                   exec);
+  }
+  Bytes all = out.all();
+  for (const std::byte byte : cache.all()) all.push_back(byte);
+  for (int64_t i = 0; i < B * count * Hq; ++i) {  // q without what lies between its rows
+    const auto* row = q.data.data() + (i / Hq * q.batch_stride + i % Hq * q.row_stride) * size_of(c.dtype);
+    all.insert(all.end(), row, row + D * size_of(c.dtype));
+  }
+  return all;
+}
+
 struct Op {
   const char* name;
   Bytes (*run)(const Case&, const Exec&);
@@ -701,6 +875,11 @@ constexpr Op kOps[] = {
     {"verify_chain_greedy", run_verify_chain_greedy, 2, true},
     {"commit", run_commit, 4, true},
     {"linear", run_linear, 6, true},
+    {"kv_append", run_kv<KVOp::kAppend>, 14},
+    {"kv_flush", run_kv<KVOp::kFlush>, 4},
+    {"kv_keep", run_kv<KVOp::kKeep>, 14},
+    {"kv_dequant", run_kv<KVOp::kDequant>, 14},
+    {"kv_report", run_kv<KVOp::kReport>, 14},
     {"tree_check", run_tree_check, 2, true},
     {"tree_mask", run_tree_mask, 2, true},
 };

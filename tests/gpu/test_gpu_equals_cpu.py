@@ -69,6 +69,7 @@ def test_more_rows_than_a_grid_is_high():
         "kv_flush_": {"pages": coded, "page_table": table, "begin": zeros, "end": 8 * ones},
         "kv_dequant": {"kv_lens": lens, **at},
         "kv_keep_": {"path": ones[:, None], "num_keep": ones, "base_lens": zeros, **at},
+        "kv_report": {"k": new[:, None], "v": new[:, None], "kv_lens": ones, **at},
         "paged_attention": {"q": torch.randn(batch, 1, 2, 16, generator=g), "kv_lens": lens, **at},
         "prefix_attention": {
             "q": torch.randn(batch, 2, 16, generator=g),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kv_inputs import make_pages
 from support import raises
 
 B, K, V = 3, 2, 40
@@ -13,6 +14,8 @@ I32, F32, F64 = torch.int32, torch.float32, torch.float64
 
 LOGITS = torch.zeros(B, V)
 SEEDS = {"seed": torch.zeros(B, dtype=torch.int64), "offset": torch.zeros(B, dtype=torch.int64)}
+PAGES, CODED = (make_pages(scheme, batch=B) for scheme in ("int4", "kivi4"))
+KEYS, ZEROS, TABLE_OF_PAGES = torch.zeros(B, 2, 16), torch.zeros(B, dtype=I32), torch.zeros(B, 2, dtype=I32)
 GOOD: dict[str, dict] = {
     "row_stats": {"logits": LOGITS},
     "topk_logits": {"logits": LOGITS, "k": 2},
@@ -28,6 +31,13 @@ GOOD: dict[str, dict] = {
         "target_logits": torch.zeros(B, K + 1, V),
         **SEEDS,
     },
+    "kv_append_": {"k": KEYS, "v": KEYS, "slots": torch.zeros(B, dtype=torch.int64), "pages": PAGES, "q": KEYS}
+    | {"rope": torch.zeros(4, 2, 8), "positions": torch.zeros(B, dtype=torch.int64)},
+    "kv_flush_": {"pages": CODED, "page_table": TABLE_OF_PAGES, "begin": ZEROS, "end": ZEROS},
+    "kv_keep_": {"pages": PAGES, "path": TABLE_OF_PAGES, "num_keep": ZEROS, "base_lens": ZEROS}
+    | {"page_table": TABLE_OF_PAGES},
+    "kv_report": {"k": KEYS[:, None], "v": KEYS[:, None], "pages": PAGES, "page_table": TABLE_OF_PAGES}
+    | {"kv_lens": ZEROS},
     "tree_check": {"parents": torch.zeros(B, K, dtype=I32)},
     "tree_mask": {"parents": torch.zeros(B, K, dtype=I32)},
     "commit": {
@@ -82,6 +92,10 @@ TENSORS: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
         "seed": ((B,), torch.int64),
         "offset": ((B,), torch.int64),
     },
+    "kv_append_": {"v": ((B, 2, 16), F32), "slots": ((B,), torch.int64), "positions": ((B,), torch.int64)},
+    "kv_flush_": {"end": ((B,), I32)},
+    "kv_keep_": {"num_keep": ((B,), I32)},
+    "kv_report": {"v": ((B, 1, 2, 16), F32)},
     "tree_check": {"num_nodes": ((B,), I32)},
     "tree_mask": {"num_nodes": ((B,), I32)},
     "commit": {
