@@ -109,16 +109,20 @@ class NumberTile {
   }
 
   void load(const Block& block, bool ring, int64_t first, uint64_t any) {
+    const KVPages& p = a.pages;
+    const bool by_channel = !ring && is_kivi(p.scheme);
+    if (by_channel) load_channel_coded(a, block.s, first, any, block.kv_head, keys);
     for (int64_t low = 0; low < kKeys; low += 16) {
       for (int64_t key = low; key < low + 16; ++key) {
         C *row = rows + (key - low) * D, *value = values + key * D;
         if (any >> key & 1) {
-          load_key(a, block.s, ring, first + key, block.kv_head, row);
-          load_value(a, block.s, ring, first + key, block.kv_head, value);
+          if (!by_channel) load_token(a, true, block.s, ring, first + key, block.kv_head, row);
+          load_token(a, false, block.s, ring, first + key, block.kv_head, value);
         } else {
           for (int64_t d = 0; d < D; ++d) row[d] = value[d] = 0;
         }
       }
+      if (by_channel) continue;
 #if FD_CPU_LEVEL >= 4
       if constexpr (std::is_same_v<C, float>) {
         const uint32_t* from[16];
@@ -173,6 +177,7 @@ class PairTile {
         weights16(carve.take<uint32_t>(kRows * kKeys / 2)),
         converted(carve.take<BFloat16>(2 * kKeys * D)),
         numbers(carve.take<float>(D)),
+        by_channels(carve.take<float>(is_kivi(args.pages.scheme) ? kKeys * D : 0)),
         nothing(carve.take_zeros<BFloat16>(D)) {}
 
   // Values of two keys are interleaved within 16 bytes.
@@ -188,6 +193,7 @@ class PairTile {
   void load(const Block& block, bool ring, int64_t first, uint64_t any) {
     const KVPages& p = a.pages;
     const bool direct = ring ? p.tail_dtype == DType::kBFloat16 : p.scheme == kKVPlain && p.dtype == DType::kBFloat16;
+    const bool by_channel = !ring && is_kivi(p.scheme);
     const uint32_t* k_rows[kKeys];
     const __m512i* v_rows[kKeys];
     for (int64_t key = 0; key < kKeys; ++key) {
@@ -197,16 +203,28 @@ class PairTile {
           k = where(p.k, block, ring, first + key);
           v = where(p.v, block, ring, first + key);
         } else {
-          load_key(a, block.s, ring, first + key, block.kv_head, numbers);
-          k = convert(converted + key * D);
-          load_value(a, block.s, ring, first + key, block.kv_head, numbers);
+          if (!by_channel) {
+            load_token(a, true, block.s, ring, first + key, block.kv_head, numbers);
+            k = convert(converted + key * D);
+          }
+          load_token(a, false, block.s, ring, first + key, block.kv_head, numbers);
           v = convert(converted + (kKeys + key) * D);
         }
       }
       k_rows[key] = static_cast<const uint32_t*>(k);
       v_rows[key] = static_cast<const __m512i*>(v);
     }
-    for (int64_t low = 0; low < kKeys; low += 16) transpose(k_rows + low, D / 2, keys + low);
+    if (by_channel) {
+      load_channel_coded(a, block.s, first, any, block.kv_head, by_channels);
+      for (int64_t i = 0; i < D / 2 * kKeys; i += 16) {  // channels 2 d and 2 d + 1 of sixteen keys
+        const float* even = by_channels + i / kKeys * 2 * kKeys + i % kKeys;
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(even)));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(even + kKeys)));
+        _mm512_storeu_si512(keys + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    } else {
+      for (int64_t low = 0; low < kKeys; low += 16) transpose(k_rows + low, D / 2, keys + low);
+    }
     for (int64_t key = 0; key < kKeys; key += 2) {
       uint32_t* to = values + key / 2 * width(D);
       for (int64_t d = 0; d < D; d += 32) {
@@ -258,7 +276,7 @@ class PairTile {
   const int64_t D;
   uint32_t *q, *keys, *values, *weights16;
   BFloat16* converted;
-  float* numbers;
+  float *numbers, *by_channels;
   BFloat16* nothing;
 };
 

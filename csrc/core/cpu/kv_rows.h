@@ -28,9 +28,13 @@ FD_ROW void load_row(const T* x, int64_t n, C* to) {
 }
 
 FD_INLINE Words16 load_bytes(const uint8_t* p) {
+#if FD_CPU_LEVEL >= 4
+  return (Words16)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   Bytes16 bytes;
   std::memcpy(&bytes, p, sizeof(bytes));
   return __builtin_convertvector(bytes, Words16);
+#endif
 }
 
 // n channels of codes in split order, in groups of `group`.
@@ -81,7 +85,12 @@ FD_ROW void decode_fp8_row(const uint8_t* data, const float* scales, bool given,
     const C scale = static_cast<C>(given ? *scales : scales[g]);
     for_lanes(g * group, (g + 1) * group, [&](auto wide, int64_t i) {
       if constexpr (wide) {
-        put<C>(wide, to + i, __builtin_convertvector(decode_fp8<kE4M3>(load_bytes(data + i)), Lanes<C>) * scale);
+        const Lanes<float> value = decode_fp8<kE4M3>(load_bytes(data + i));
+        if constexpr (std::is_same_v<C, float>) {
+          put<C>(wide, to + i, value * scale);
+        } else {
+          put<C>(wide, to + i, __builtin_convertvector(value, Lanes<C>) * scale);
+        }
       } else {
         to[i] = static_cast<C>(kE4M3 ? decode_e4m3(data[i]) : decode_e5m2(data[i])) * scale;
       }
