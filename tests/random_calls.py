@@ -16,6 +16,7 @@ from torch import Tensor
 
 import attention_inputs
 import fastdecode.ops
+from fastdecode import KVScheme
 from fastdecode.ops import KVPages
 from kv_inputs import KIVI, SCHEMES, hostile_tokens, make_pages, some_rope, some_slots
 from support import DTYPES, hostile, map_tensors, same_bits, tensors_of, views
@@ -334,6 +335,12 @@ def paged_attention(draw: Draw) -> dict[str, Any]:
         given.options["coded_lens"] = first[:, None] + given.options["tail_lens"][:, None] * share // 4
         if batch and draw.chance(0.1):
             given.options["coded_lens"][0, 0] += draw.one([-1, 1000])
+    if given.pages.scheme == KVScheme.PLAIN and draw.chance(0.3):  # in keys of some nodes, or past some windows
+        for b in range(batch):
+            if (length := int(given.kv_lens[b])) > 0:
+                token = max(0, length - draw.integer(1, slots + 2))
+                where = int(given.page_table[b, token // given.pages.page_size]), token % given.pages.page_size
+                given.pages.v[where][..., draw.integer(0, 3) :: 5] = draw.one([INF, NAN])
     if batch and draw.chance(0.2):
         given.page_table[0, 0] = -1
     if batch and draw.chance(0.1):
@@ -507,7 +514,19 @@ def many_rows() -> dict[str, Any]:
     return {"logits": hostile(64, 9000, F32, seed=6, broken=False)}
 
 
+def broken_sibling() -> dict[str, Any]:
+    """Of each request three nodes of a tree, one with a value that is inf in all channels and that no sibling sees."""
+    mask = torch.tensor([[0b001], [0b011], [0b101]], dtype=I32).repeat(8, 1, 1)
+    given = attention_inputs.make(
+        dtype=torch.bfloat16, lens=(70,) * 8, heads=4, kv_heads=4, head_dim=256, page_size=128, tree_mask=mask
+    )
+    given.pages.v[given.page_table[:, 0].long(), 68] = INF
+    made = {"q": given.q, "pages": given.pages, "page_table": given.page_table}
+    return made | {"kv_lens": given.kv_lens, **given.options}
+
+
 TELLING: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
+    "paged_attention": (broken_sibling,),
     "row_stats": (many_rows,),
     "target_probs": (typical_rows,),
     "topk_logits": (counts_to_confuse,),

@@ -86,6 +86,8 @@ __device__ void load_queries(const AttendArgs& a, const Part& part, int rows, T*
 // ---------------------------------------------------------------------------------------------------------------------
 // Scores and sums. A warp's scores: rows 16 i + g, + 8 and keys 8 n + 2q, + 1 of its quarter.
 
+inline constexpr int kChunk = 16;  // products that are added up before their sum is, as tensor cores do
+
 template <class T>
 using Scores = Compute<T>[Tile<T>::kRowTiles][Tile<T>::kKeyTiles][4];
 // The sums of its share of the channels: of each 64, warp w has 16, from 16 w on, as two matrices.
@@ -113,12 +115,19 @@ __device__ void multiply_keys(const T* q, const T* k, int head_dim, int row_tile
   } else {
     const T* rows = q + lane / 4 * stride;
     const T* keys = k + (8 * Tile<T>::kKeyTiles * warp_id() + lane % 4 * 2) * stride;
-    for (int c = 0; c < head_dim; ++c)
+    for (int first = 0; first < head_dim; first += kChunk) {
+      T part[Tile<T>::kKeyTiles][4] = {};
+      for (int c = first; c < first + kChunk; ++c)
+#pragma unroll
+        for (int n = 0; n < Tile<T>::kKeyTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            part[n][e] = fma_(rows[e / 2 * 8 * stride + c], keys[(8 * n + e % 2) * stride + c], part[n][e]);
 #pragma unroll
       for (int n = 0; n < Tile<T>::kKeyTiles; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          s[0][n][e] = fma_(rows[e / 2 * 8 * stride + c], keys[(8 * n + e % 2) * stride + c], s[0][n][e]);
+        for (int e = 0; e < 4; ++e) s[0][n][e] += part[n][e];
+    }
   }
 }
 
@@ -149,17 +158,72 @@ __device__ void add_values(const T* p, const T* v, int head_dim, int row_tiles, 
       }
     }
   } else {
-    for (int key = 0; key < kKeys; ++key) {
-      const T weight[2] = {p[lane / 4 * kStride + key], p[(lane / 4 + 8) * kStride + key]};
+    for (int first = 0; first < kKeys; first += kChunk)
 #pragma unroll
       for (int n = 0; n < kHeadDim / 32; ++n) {
         const int channel = n / 2 * 64 + 16 * warp_id() + n % 2 * 8 + lane % 4 * 2;
         if (channel >= head_dim) break;
+        T part[4] = {};
+        for (int key = first; key < first + kChunk; ++key)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[0][n][e] = fma_(weight[e / 2], v[key * stride + channel + e % 2], sum[0][n][e]);
+          for (int e = 0; e < 4; ++e) {
+            const T weight = p[(lane / 4 + e / 2 * 8) * kStride + key];
+            if (weight != 0) part[e] = fma_(weight, v[key * stride + channel + e % 2], part[e]);  // see add_broken
+          }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[0][n][e] += part[e];
+      }
+  }
+}
+
+template <class T>
+__device__ inline bool is_broken(T x) {
+  const float value = load(x);
+  return !(value - value == 0);
+}
+
+// Whether a value of the tile is inf or NaN. All threads must call it; it is a barrier.
+template <class T>
+__device__ bool any_broken(const T* v, int head_dim) {
+  bool any = false;
+  for (int i = static_cast<int>(threadIdx.x); i < Tile<T>::kKeys * head_dim; i += kBlockThreads)
+    any |= is_broken(v[i / head_dim * (head_dim + Tile<T>::kPad) + i % head_dim]);
+  return __syncthreads_or(any) != 0;
+}
+
+// A row must not meet the inf of a key that it does not see: 0 * inf is NaN. So what is not finite is added first,
+// where it has a weight, and is 0 when tensor cores add the rest.
+template <class T, int kHeadDim>
+__device__ void add_broken(const T* p, T* v, int head_dim, int row_tiles, Sums<T, kHeadDim>& sum) {
+  constexpr int kKeys = Tile<T>::kKeys, kStride = kKeys + Tile<T>::kPad;
+  const int stride = head_dim + Tile<T>::kPad, lane = lane_id();
+#pragma unroll 1
+  for (int key = 0; key < kKeys; ++key)
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 32; ++n) {
+      const int channel = n / 2 * 64 + 16 * warp_id() + n % 2 * 8 + lane % 4 * 2;
+      if (channel >= head_dim) break;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const T value = v[key * stride + channel + e];
+        if (!is_broken(value)) continue;
+#pragma unroll
+        for (int i = 0; i < Tile<T>::kRowTiles; ++i) {
+          if (i >= row_tiles) break;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float weight = load(p[(16 * i + lane / 4 + 8 * half) * kStride + key]);
+            if (weight != 0) sum[i][n][2 * half + e] += weight * load(value);
+          }
+        }
       }
     }
+  __syncthreads();  // all have seen the tile as it was
+  for (int i = static_cast<int>(threadIdx.x); i < kKeys * head_dim; i += kBlockThreads) {
+    T& value = v[i / head_dim * stride + i % head_dim];
+    if (is_broken(value)) value.bits = 0;
   }
+  __syncthreads();  // all of it is finite
 }
 
 template <class C, class Op>
@@ -264,7 +328,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T>) attend_kernel
           if (a.softcap > 0) score = softcap * tanh_(score / softcap);
         }
     });
-    if (key < part.clean_begin || key + kKeys > part.clean_end) {
+    const bool mixed = key < part.clean_begin || key + kKeys > part.clean_end;
+    if (mixed) {
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
@@ -317,6 +382,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T>) attend_kernel
       if (lane % 4 == 0) shared.sum[warp][row] = quarter;
     });
     __syncthreads();  // weights and their sums are written
+    if constexpr (kTensorCores<T>) {
+      if (mixed && any_broken(v, head_dim)) add_broken<T, kHeadDim>(p, v, head_dim, row_tiles, sum);
+    }
     for_rows([&](int i, int half, int row) {
 #pragma unroll
       for (int w = 0; w < kBlockWarps; ++w) total[i][half] += shared.sum[w][row];

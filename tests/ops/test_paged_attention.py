@@ -63,7 +63,6 @@ def test_options_equal_reference(ops, options, dtype):
         check(ops, make(scheme=scheme, dtype=dtype, lens=(90, 7, 65), slots=5, **options), scheme)
 
 
-@pytest.mark.backends("cpu")  # CUDA sums float32 in one go, which errs more
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 1), (8, 2), (5, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_heads_equal_reference(ops, heads, kv_heads, dtype):
@@ -79,7 +78,6 @@ def test_page_sizes_equal_reference(ops, page_size):
         check(ops, make(scheme=scheme, dtype=BF16, page_size=page_size, lens=(129, 64, 1)), scheme)
 
 
-@pytest.mark.backends("cpu")  # CUDA sums float32 in one go, which errs more
 @pytest.mark.parametrize("scheme", ["fp8_e4m3", "int8", "int4", "kivi4", "kivi2"])
 def test_groups_equal_reference(ops, scheme):
     for head_dim, group in ((64, 8), (64, 16), (128, 64), (128, 32), (48, 16)):
@@ -164,7 +162,6 @@ def test_nan_where_it_is_read_and_nowhere_else(ops):
             assert same_bits(before[0], after[0]) and same_bits(before[2], after[2]), scheme
 
 
-@pytest.mark.backends("cpu")
 def test_a_broken_key_or_value_spoils_only_rows_that_see_it(ops):
     """Here of a sibling, or of a token that has left a window."""
     mask = torch.tensor([[[0b001], [0b011], [0b101]]], dtype=I32)
