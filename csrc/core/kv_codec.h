@@ -243,6 +243,7 @@ template <class C>
 struct Coder {
   C offset, step, half, inverse, low, high;
 
+  Coder() = default;
   FD_INLINE FD_HD Coder(const Grid& grid, C low_, C high_)
       : offset(static_cast<C>(load(grid.offset))),
         step(static_cast<C>(load(grid.step))),

@@ -68,9 +68,9 @@ struct Group {
     for (int64_t i = 0; i < p.group; ++i) {
       const int64_t offset = (first + i) % p.page_size;
       load_row(token(p.v, i), p.head_dim, row);
-      status |= encode_int_row(row, p.head_dim, p.group, code_bits(p.scheme),
-                               static_cast<uint8_t*>(p.v.data) + token_at(p.v, page, offset, head),
-                               static_cast<Half*>(p.v.scale) + scale_at(p.v, page, offset, head));
+      const IntRow<C> codes{row, static_cast<uint8_t*>(p.v.data) + token_at(p.v, page, offset, head),
+                            static_cast<Half*>(p.v.scale) + scale_at(p.v, page, offset, head)};
+      status |= encode_int_rows(&codes, 1, p.head_dim, p.group, code_bits(p.scheme));
     }
     return status;
   }

@@ -87,49 +87,99 @@ FD_INLINE LaneBits<C> codes_of(const Coder<C>& coder, const Lanes<C>& x) {
   return code - (LaneBits<C>)up;  // true is -1
 }
 
-// Step, offset and codes of one group.
+// A group that is to be coded.
 template <class C>
-FD_INLINE int32_t encode_group(const C* x, int64_t n, int bits, uint8_t* codes, Half* scale) {
-  const Range<C> r = range_of(x, n);
+struct GroupCode {
+  Coder<C> coder;
+  bool clean;  // all values lie in its range: no NaN, no inf, none beyond float16
+};
+
+// Stores step and offset.
+template <class C>
+FD_INLINE GroupCode<C> code_group(const Range<C>& r, int levels, Half* scale, int32_t& status) {
   const bool any = r.low <= r.high;
   const C low = coded_limit(r.low, any), high = coded_limit(r.high, any);
-  const Grid grid = grid_of(low, high, (1 << bits) - 1);
+  const Grid grid = grid_of(low, high, levels);
   scale[0] = grid.step;
   scale[1] = grid.offset;
-  const Coder<C> coder(grid, low, high);
   const bool saturated = any && (r.low < low || r.high > high);
-  if (!r.all_finite || saturated) {
-    for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(coder.code(x[i]));
-  } else {
-    for_lanes(0, n, [&](auto wide, int64_t i) {
-      if constexpr (wide) {
-        const auto some = __builtin_convertvector(codes_of<C>(coder, take(wide, x + i)), Bytes16);
-        std::memcpy(codes + i, &some, sizeof(some));
-      } else {
-        codes[i] = static_cast<uint8_t>(coder.code(x[i]));
-      }
-    });
-  }
-  return (r.all_finite ? 0 : kStatusNaN) | (saturated ? kStatusSaturated : 0);
+  status |= (r.all_finite ? 0 : kStatusNaN) | (saturated ? kStatusSaturated : 0);
+  return {Coder<C>(grid, low, high), r.all_finite && !saturated};
 }
 
-// n <= kMaxHeadDim channels in groups, as codes of `bits` bits in split order.
+// A row whose groups are clean, sixteen bytes at a time.
+template <int kBits, class C>
+FD_INLINE void put_clean_codes(const GroupCode<C>* groups, const C* x, int64_t n, int64_t group, uint8_t* data) {
+  const int64_t bytes = n * kBits / 8;
+  for (int64_t j = 0; j < bytes; j += kWide) {
+    LaneBits<C> all = {};
+    for (int part = 0; part < 8 / kBits; ++part) {
+      const int64_t i = j + part * bytes;
+      const Coder<C>& coder = groups[group == n ? 0 : static_cast<uint32_t>(i) / static_cast<uint32_t>(group)].coder;
+      all |= codes_of<C>(coder, load_lanes(x + i)) << (kBits * part);
+    }
+    const auto some = __builtin_convertvector(all, Bytes16);
+    std::memcpy(data + j, &some, sizeof(some));
+  }
+}
+
+template <int kBits, class C>
+FD_ROW void put_codes(const GroupCode<C>* groups, const C* x, int64_t n, int64_t group, uint8_t* data) {
+  const int64_t bytes = n * kBits / 8;
+  for (int64_t j = 0; j < bytes; ++j) {
+    uint32_t byte = 0;
+    for (int part = 0; part < 8 / kBits; ++part) {
+      const int64_t i = j + part * bytes;
+      byte |= groups[i / group].coder.code(x[i]) << (kBits * part);
+    }
+    data[j] = static_cast<uint8_t>(byte);
+  }
+}
+
+// One head of one token: its channels, and where their codes, steps and offsets go.
 template <class C>
-FD_ROW int32_t encode_int_row(const C* x, int64_t n, int64_t group, int bits, uint8_t* data, Half* scale) {
-  uint8_t buffer[kMaxHeadDim];
-  uint8_t* codes = bits == 8 ? data : buffer;
+struct IntRow {
+  const C* x;
+  uint8_t* data;
+  Half* scale;
+};
+
+// Rows of n <= kMaxHeadDim channels in groups, as codes in split order. First the ranges of all rows, then their grids,
+// then their codes: so the long chain of instructions of one row passes beside those of the others.
+template <int kBits, class C>
+FD_ROW int32_t encode_int_rows(const IntRow<C>* rows, int64_t count, int64_t n, int64_t group) {
+  constexpr int64_t kGroups = 32;  // at once, or those of one row
+  const int64_t groups = n / group;
+  if (count > 1 && count * groups > kGroups)
+    return encode_int_rows<kBits>(rows, count / 2, n, group) |
+           encode_int_rows<kBits>(rows + count / 2, count - count / 2, n, group);
+  Range<C> ranges[kMaxHeadDim];
+  GroupCode<C> codes[kMaxHeadDim];
   int32_t status = 0;
-  for (int64_t g = 0; g * group < n; ++g)
-    status |= encode_group(x + g * group, group, bits, codes + g * group, scale + 2 * g);
-  const int64_t bytes = n * bits / 8;
-  if (bits == 4) {
-    for (int64_t j = 0; j < bytes; ++j) data[j] = static_cast<uint8_t>(codes[j] | codes[j + bytes] << 4);
-  } else if (bits == 2) {
-    for (int64_t j = 0; j < bytes; ++j)
-      data[j] = static_cast<uint8_t>(codes[j] | codes[j + bytes] << 2 | codes[j + 2 * bytes] << 4 |
-                                     codes[j + 3 * bytes] << 6);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t g = 0; g < groups; ++g) ranges[r * groups + g] = range_of(rows[r].x + g * group, group);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t g = 0; g < groups; ++g)
+      codes[r * groups + g] = code_group(ranges[r * groups + g], (1 << kBits) - 1, rows[r].scale + 2 * g, status);
+  const bool vectors = group % kWide == 0 && n * kBits / 8 % kWide == 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const GroupCode<C>* own = codes + r * groups;
+    bool clean = vectors;
+    for (int64_t g = 0; g < groups; ++g) clean &= own[g].clean;
+    if (clean) {
+      put_clean_codes<kBits>(own, rows[r].x, n, group, rows[r].data);
+    } else {
+      put_codes<kBits>(own, rows[r].x, n, group, rows[r].data);
+    }
   }
   return status;
+}
+
+template <class C>
+FD_INLINE int32_t encode_int_rows(const IntRow<C>* rows, int64_t count, int64_t n, int64_t group, int bits) {
+  return bits == 8   ? encode_int_rows<8>(rows, count, n, group)
+         : bits == 4 ? encode_int_rows<4>(rows, count, n, group)
+                     : encode_int_rows<2>(rows, count, n, group);
 }
 
 template <class F, class C>
