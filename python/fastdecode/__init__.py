@@ -12,7 +12,7 @@ from ._host import Bonus, FinishReason, KVScheme, Order, Rule, Status, Stream, T
 from .drafters import Context, Drafter, PromptLookup, SmallModel  # noqa: E402
 from .generation import generate, splitmix64, stream  # noqa: E402
 from .methods import METHODS, RULES, AcceptanceRule, Method, find_method  # noqa: E402
-from .models import load_model  # noqa: E402
+from .models import KVCacheConfig, load_model  # noqa: E402
 from .policies import ConfidenceStop, FixedLength, Policy  # noqa: E402
 from .runtime import cpu_levels, pin_threads, set_cpu_level  # noqa: E402
 from .types import Chunk, Draft, Result, Results, SamplingParams, Statistics  # noqa: E402
@@ -31,6 +31,7 @@ __all__ = [
     "Drafter",
     "FinishReason",
     "FixedLength",
+    "KVCacheConfig",
     "KVScheme",
     "Method",
     "Order",

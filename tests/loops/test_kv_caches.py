@@ -173,6 +173,13 @@ def test_samples_of_one_prompt_share_its_pages():
     assert [result.tokens for result in results] == alone
 
 
+def test_a_draft_model_reads_common_prompts_once_too():
+    drafting = Counting(draft().with_kv_cache(CONFIGS["plain"]))
+    prompt = [i % 13 for i in range(41)]
+    results = generate(target("plain"), [prompt] * 3, method="speculative", draft_model=drafting, max_new_tokens=8)
+    assert drafting.prefilled == 40 and results.statistics.accepted > 0
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 

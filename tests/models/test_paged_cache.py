@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def write(cache: PagedKVCache, kv: torch.Tensor, counts: list[int] | None = None
     """What a model does with keys and values of n slots per row, [2, LAYERS, B, n, HEADS, DIM]."""
     n = kv.shape[3]
     cache.stage(n, counts)
-    for first in range(0, n, cache.chunk or n):
+    for first in range(0, n, cache.chunk or n or 1):
         last = min(first + (cache.chunk or n), n)
         step = cache.step(first, last)
         for layer, pages in enumerate(step.layers):
@@ -223,8 +224,9 @@ def test_the_pool_doubles_and_reserve_makes_room():
         cache.reserve(601)
 
 
-step = st.one_of(
+STEP = st.one_of(
     st.tuples(st.just("forward"), st.integers(0, 9), st.integers(0, 2**32 - 1)),
+    st.tuples(st.just("forward"), st.integers(30, 150), st.integers(0, 2**32 - 1)),
     st.tuples(st.just("truncate"), st.integers(0, 2**32 - 1)),
     st.tuples(st.just("fork"), st.integers(0, 2**32 - 1)),
     st.tuples(st.just("select"), st.integers(0, 2**32 - 1)),
@@ -232,42 +234,55 @@ step = st.one_of(
 )
 
 
-@given(st.lists(step, min_size=1, max_size=25))
-@settings(max_examples=60, deadline=None)
-def test_random_walks_are_those_of_a_contiguous_cache(walk):
-    pairs = [(make(), contiguous())]
+def both(call: Callable, paged: PagedKVCache, plain: ContiguousKVCache) -> bool:
+    """The same call on both; what a ring has lost is refused, and changes nothing: False."""
+    before = [contents(paged, row) for row in range(paged.batch)]
+    try:
+        call(paged)
+    except ValueError as error:
+        assert paged.config.has_ring and "still waits in the ring" in str(error)
+        assert all(same(contents(paged, row), old) for row, old in enumerate(before))
+        return False
+    call(plain)
+    return True
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int4", "kivi2"])
+@given(st.lists(STEP, min_size=1, max_size=15))
+@settings(max_examples=40, deadline=None)
+def test_random_walks_are_those_of_a_contiguous_cache(scheme, walk):
+    """Forwards with chains and paths, roll-backs, forks (with pending slots too) and selections, in any order."""
+    pairs = [(make(scheme), contiguous())]
     for name, *numbers in walk:
         chosen = numbers[-1]
         paged, plain = pairs[chosen % len(pairs)]
         generator = torch.Generator().manual_seed(chosen)
         draw = lambda high, generator=generator: int(torch.randint(high + 1, (), generator=generator))  # noqa: E731
-        if name == "forward" and max(paged.host_lens, default=0) + 10 < LIMIT:
+        if name == "forward" and max(paged.host_lens, default=0) + numbers[0] < LIMIT:
             n = numbers[0] + 1
-            counts = [draw(n) for _ in range(paged.batch)]
+            counts = [n - draw(min(n, 9)) for _ in range(paged.batch)]
             kv = values(paged.batch, n, seed=chosen)
             write(paged, kv, counts)
             plain.stage(n, counts)
             for row, (length, count) in enumerate(zip(plain.host_lens, counts)):
                 for store, part in ((plain.k, kv[0]), (plain.v, kv[1])):
                     store[:, row, :, length : length + count] = part[:, row, :count].transpose(1, 2)
-            if chosen % 3 == 0:  # forked with pending slots
+            if chosen % 3 == 0 and n < 100:  # more would leave a ring without what the fork has committed
                 pairs = [(paged.fork(range(paged.batch)), plain.fork(range(plain.batch))), *pairs][:3]
-            keep = [draw(count) for count in counts]
+            keep = [count - draw(min(count, 9)) for count in counts]
             path = None
             if chosen % 2:
-                chains = [
-                    [0, *(i for i in range(1, c) if draw(1))][: max(k, 0)] if c else [] for c, k in zip(counts, keep)
-                ]
-                keep = [len(chain) for chain in chains]
-                width = max([*keep, 1])
+                chains = [[0, *(i for i in range(1, c) if draw(7))] if c else [] for c in counts]
+                keep = [min(len(chain), count) for chain, count in zip(chains, keep)]
+                width = max(map(len, [*chains, [0]]))
                 padded = [[*chain, *[-7] * (width - len(chain))] for chain in chains]
                 path = torch.tensor(padded, dtype=torch.int64).view(-1, width)
-            paged.keep(path, keep)
-            plain.keep(path, keep)
+            if not both(lambda cache, path=path, keep=keep: cache.keep(path, keep), paged, plain):
+                paged.keep(None, counts)
+                plain.keep(None, counts)
         elif name == "truncate":
-            lens = [draw(length) for length in paged.host_lens]
-            paged.truncate(lens)
-            plain.truncate(lens)
+            lens = [length - draw(min(length, 20)) for length in paged.host_lens]
+            both(lambda cache, lens=lens: cache.truncate(lens), paged, plain)
         elif name in ("fork", "select") and paged.batch:
             rows = [draw(paged.batch - 1) for _ in range(draw(3))]
             if name == "fork":
@@ -283,10 +298,12 @@ def test_random_walks_are_those_of_a_contiguous_cache(walk):
             check_pool(*(p for p, _ in pairs if p._pool is pool))
         for p, c in pairs:
             assert p.host_lens == c.host_lens and torch.equal(p.lens, c.lens)
-            k, v = p.dequantise(torch.float64)
-            for row, length in enumerate(p.host_lens):
-                assert torch.equal(k[:, row, :, :length], c.k[:, row, :, :length])
-                assert torch.equal(v[:, row, :, :length], c.v[:, row, :, :length])
+    for p, c in pairs:
+        for row, length in enumerate(p.host_lens):
+            fresh = make(scheme, batch=1)
+            write(fresh, torch.stack((c.k, c.v))[:, :, row, :, :length].transpose(2, 3).unsqueeze(2))
+            fresh.keep(None, [length])
+            assert same(contents(p, row), contents(fresh, 0))
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
@@ -420,6 +437,13 @@ def test_what_a_ring_has_lost(scheme):
     assert same(contents(cache, 0), contents(fresh, 0))
     with pytest.raises(ValueError, match=r"KVCache.truncate: lens: .* \(from 164 on\), got 163 in row 0"):
         cache.truncate([163])
+    write(cache, values(1, 140))
+    with pytest.raises(ValueError, match=r"forward: cache: expected a length .* got 290 in row 0"):
+        cache.stage(1)  # nothing was kept, and what it would need is overwritten
+    cache.keep(None, [140])
+    cache.truncate([424])
+    with pytest.raises(ValueError, match=r"KVCache.truncate: lens: .* \(from 294 on\), got 293 in row 0"):
+        cache.truncate([293])
     cache.truncate([160])  # a whole number of blocks: nothing of it is plain
     assert [len(table) for table in cache.tables] == [40]
     assert same([contents(fresh, 0)[i][:40] for i in range(4)], contents(cache, 0)[:4])

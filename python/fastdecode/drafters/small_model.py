@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models.base import KVCache, Model, Want
+from ..models.prefill import prefill
 from ..types import Draft
 from .base import Context, Drafter, StopRule
 
@@ -30,11 +31,8 @@ class SmallModel(Drafter):
 
     def begin(self, context: Context) -> None:
         limit = self.model.config.max_context
-        self._cache = self.model.new_cache(context.batch, min(context.tokens.shape[1], limit))
-        self._lens = [0] * context.batch
-        counts = [length - 1 if length <= limit else 0 for length in context.host_lengths]
-        if max(counts) > 0:
-            self._feed(self._cache, context.tokens[:, : max(counts)], counts, want=Want(0))
+        self._lens = [length - 1 if length <= limit else 0 for length in context.host_lengths]
+        self._cache = prefill(self.model, context.tokens, self._lens, min(context.tokens.shape[1], limit))
 
     def select(self, rows: Sequence[int]) -> None:
         if self._cache is not None:
@@ -76,13 +74,14 @@ class SmallModel(Drafter):
                     break
         return _draft(tokens, probs, lens, checked=context.greedy)
 
-    def _feed(self, cache: KVCache, tokens: Tensor, counts: list[int], want: Want = Want.LAST_LOGITS) -> Tensor:
-        """Run tokens [B, n] and keep `counts[b]` of them; logits [B, V] after the last, if wanted."""
+    def _feed(self, cache: KVCache, tokens: Tensor, counts: list[int]) -> Tensor:
+        """Run tokens [B, n] and keep `counts[b]` of them; logits [B, V] after the last."""
         num_tokens = None if min(counts) == tokens.shape[1] else counts
-        output = self.model.forward(tokens, cache=cache, num_tokens=num_tokens, want=want)
+        output = self.model.forward(tokens, cache=cache, num_tokens=num_tokens, want=Want.LAST_LOGITS)
         cache.keep(None, counts)
         self._lens = [have + count for have, count in zip(self._lens, counts)]
-        return tokens if output.logits is None else output.logits[:, 0]
+        assert output.logits is not None
+        return output.logits[:, 0]
 
     def _missing(self, context: Context, counts: list[int]) -> Tensor:
         """Committed tokens that the cache lacks, [B, max(counts)], right-padded."""

@@ -16,12 +16,12 @@ from torch import Tensor
 from .. import ops
 from .._host import FinishReason, Rule, Status
 from ..drafters.base import Context, Filters, Penalties
-from ..models.base import KVCache, Model, ModelConfig, Want
+from ..models.base import KVCache, Model, ModelConfig
 from ..models.cache import ContiguousKVCache
 from ..models.paged_cache import PagedKVCache
+from ..models.prefill import prefill
 from ..models.tokenizer import Tokenizer
 from ..types import Chunk, Finish, Result, SamplingParams, Statistics
-from .prefill import shared_prefill
 from .text import TextStream
 
 __all__ = ["Batch", "Request"]
@@ -127,17 +127,9 @@ class Batch:
     def prefill(self, model: Model) -> KVCache:
         """A cache that holds every prompt but its last token, which is slot 0 of the first round."""
         context = self.context
-        self._cache = cache = model.new_cache(context.batch, context.tokens.shape[1])
         counts = [length - 1 for length in context.host_lengths]
-        if isinstance(cache, PagedKVCache) and context.batch > 1 and cache.config.prefill == "strict":
-            texts = [row[:count].tolist() for row, count in zip(context.array, counts)]
-            self._cache = shared_prefill(model, cache, texts)
-            return self._cache
-        if max(counts) > 0:
-            num_tokens = None if min(counts) == max(counts) else counts
-            model.forward(context.tokens[:, : max(counts)], cache=cache, num_tokens=num_tokens, want=Want(0))
-            cache.keep(None, counts)
-        return cache
+        self._cache = prefill(model, context.tokens, counts, context.tokens.shape[1])
+        return self._cache
 
     def roots(self) -> Tensor:
         """int64 [B, 1]: slot 0, the last committed token of each request."""

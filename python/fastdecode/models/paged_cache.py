@@ -537,6 +537,9 @@ class PagedKVCache(Rows):
         self._pool.reserve(sum(max(0, pages) for pages in needed))
 
     def _make_room(self, num_slots: int, counts: list[int]) -> None:
+        if self.config.has_ring:  # a long forward of which nothing was kept may have driven committed tokens out
+            for row, length in enumerate(self._lens):
+                self._check_ring("forward: cache", row, length // self._window * self._window, length)
         for row, (length, count) in enumerate(zip(self._lens, counts)):
             if self.config.has_ring:
                 # codes of blocks that this pass may complete; its tokens themselves go to the ring

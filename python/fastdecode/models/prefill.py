@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from ..models.base import Model, Want
-from ..models.paged_cache import PagedKVCache
+from .base import KVCache, Model, Want
+from .paged_cache import PagedKVCache
 
-__all__ = ["shared_prefill"]
+__all__ = ["prefill"]
 
 
-def shared_prefill(model: Model, cache: PagedKVCache, texts: Sequence[Sequence[int]]) -> PagedKVCache:
+def prefill(model: Model, tokens: Tensor, counts: Sequence[int], capacity: int) -> KVCache:
+    """A new cache with `counts[b]` tokens of row b of int64 [B, n] committed; capacity: tokens per row with room."""
+    cache = model.new_cache(len(counts), capacity)
+    longest = max(counts, default=0)
+    if longest == 0:
+        return cache
+    if isinstance(cache, PagedKVCache) and len(counts) > 1 and cache.config.prefill == "strict":
+        return _shared(model, cache, [row[:count].tolist() for row, count in zip(tokens, counts)])
+    num_tokens = None if min(counts) == longest else counts
+    model.forward(tokens[:, :longest], cache=cache, num_tokens=num_tokens, want=Want(0))
+    cache.keep(None, counts)
+    return cache
+
+
+def _shared(model: Model, cache: PagedKVCache, texts: Sequence[Sequence[int]]) -> PagedKVCache:
     """The cache, or a fork of it, with texts[b] committed in row b.
 
     A tree over blocks of page_size tokens, level by level: rows that agree on their next blocks are one row of the
