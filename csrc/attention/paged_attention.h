@@ -31,7 +31,8 @@ struct PagedAttentionArgs {
   const int32_t* tree_mask;    // [batch, num_slots, ceil(num_slots / 32)], contiguous; nullptr = chain
   void* out;                   // [batch, num_slots, num_q_heads, head_dim] of `dtype`, written, contiguous
   void* lse;                   // [batch, num_slots, num_q_heads] float, double for double q, written
-  int32_t* status;             // [batch], written: 32 bad length, 64 page outside the cache: out 0, lse -inf
+  int32_t* status;             // [batch], written: 32 bad length, 64 a page of its tokens (also of those before a
+                               // window) outside the cache: out 0, lse -inf
   void* scratch;               // paged_attention_scratch_bytes; need not be initialised
   int64_t batch, num_slots, num_q_heads, max_pages, page_table_stride;
   int64_t q_batch_stride, q_slot_stride, q_head_stride;  // elements

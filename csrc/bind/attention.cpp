@@ -52,9 +52,11 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, FD_PAGES_PAR
                shape_text(*k_tail));
   check_optional(op, "tail_lens", tail_lens, {batch}, ScalarType::Int, q);
   check_optional(op, "coded_lens", coded_lens, {batch, slots}, ScalarType::Int, q);
-  FD_CHECK_ARG(!coded_lens || coded_lens->is_contiguous(), op, ": coded_lens: expected a contiguous tensor");
+  FD_CHECK_ARG(!coded_lens || coded_lens->is_contiguous(), op,
+               ": coded_lens: expected a contiguous tensor, got a strided one");
   check_optional(op, "tree_mask", tree_mask, {batch, slots, (slots + 31) / 32}, ScalarType::Int, q);
-  FD_CHECK_ARG(!tree_mask || tree_mask->is_contiguous(), op, ": tree_mask: expected a contiguous tensor");
+  FD_CHECK_ARG(!tree_mask || tree_mask->is_contiguous(), op,
+               ": tree_mask: expected a contiguous tensor, got a strided one");
   FD_CHECK_ARG(causal || !tree_mask, op, ": causal: expected True beside a tree_mask, got False");
   FD_CHECK_ARG(window >= 0, op, ": window: expected 0 (off) or more, got ", window);
   check_softcap(op, softcap, scale);
@@ -153,8 +155,8 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
   for (int64_t i = 0; i < states; ++i) {
     check_tensor(op, "outs", outs[i], {rows, heads, head_dim}, first.scalar_type(), first);
     check_tensor(op, "lses", lses[i], {rows, heads}, lse_type, first);
-    FD_CHECK_ARG(outs[i].is_contiguous(), op, ": outs: expected contiguous tensors");
-    FD_CHECK_ARG(lses[i].is_contiguous(), op, ": lses: expected contiguous tensors");
+    FD_CHECK_ARG(outs[i].is_contiguous(), op, ": outs: expected contiguous tensors, got a strided one");
+    FD_CHECK_ARG(lses[i].is_contiguous(), op, ": lses: expected contiguous tensors, got a strided one");
     args.outs[i] = outs[i].const_data_ptr();
     args.lses[i] = lses[i].const_data_ptr();
   }

@@ -5,6 +5,9 @@
 //   kernels overrun 1|3|4        must be stopped by AddressSanitizer: reads one logit too many
 //   kernels short-output 1|3|4   by AddressSanitizer, too: writes one byte too many
 //   kernels misaligned 1|3|4     by UBSan: logits at an odd address
+#include <fastdecode/attention/merge_states.h>
+#include <fastdecode/attention/paged_attention.h>
+#include <fastdecode/attention/prefix_attention.h>
 #include <fastdecode/core/exec.h>
 #include <fastdecode/gemv/linear.h>
 #include <fastdecode/kvquant/kv_append.h>
@@ -856,6 +859,131 @@ Bytes run_kv(const Case& c, const Exec& exec) {
   return all;
 }
 
+// Attention to a cache of any bytes that are numbers. The variant is the scheme; odd: with a tree, or a window.
+template <bool kPrefix>
+Bytes run_attention(const Case& c, const Exec& exec) {
+  const auto scheme = static_cast<KVScheme>(c.variant / 2);
+  const bool odd = c.variant % 2, kivi = is_kivi(scheme);
+  const int64_t B = c.batch, H = 2, Hq = 6, N = c.rows, D = 16 * (1 + c.vocab_size % 3);
+  const int64_t page_size = kivi ? 16 : 5, length = std::clamp<int64_t>(c.vocab_size, 3, 150), room = length + 40;
+  const int64_t max_pages = (room + page_size - 1) / page_size;
+  KVPages p{.num_pages = B * max_pages, .page_size = page_size, .num_heads = H, .head_dim = D};
+  p.scheme = scheme, p.group = kivi ? 8 : D, p.tail_batch = kivi ? B : 0, p.tail_size = kivi ? 16 : 0;
+  p.dtype = p.tail_dtype = odd ? DType::kBFloat16 : c.dtype;
+  p.static_scale = odd && (scheme == kKVFp8E4M3 || scheme == kKVFp8E5M2);
+  Outputs cache{std::byte{0}};
+  for (KVStore* s : {&p.k, &p.v}) {
+    const StoreSizes sizes = lay_out(p, s == &p.k, *s);
+    auto fill = [](int64_t bytes, DType dtype, double low, double high) {
+      Bytes made(bytes);
+      for (int64_t i = 0; i < bytes / size_of(dtype); ++i) put(made, i, dtype, i % 7 ? low * (i % 5) : high);
+      return made;
+    };
+    auto keep = [&](const Bytes& made) { return std::memcpy(cache.add_bytes(made.size()), made.data(), made.size()); };
+    const bool fp8 = scheme == kKVFp8E4M3 || scheme == kKVFp8E5M2;
+    Bytes codes(sizes.data);
+    for (int64_t i = 0; i < sizes.data; ++i) codes[i] = static_cast<std::byte>(fp8 ? i * 7 % 96 : i * 89 % 251);
+    s->data = keep(scheme == kKVPlain ? fill(sizes.data, p.dtype, 0.25, -1.5) : codes);
+    s->scale = keep(fill(sizes.scale, fp8 ? DType::kFloat32 : DType::kFloat16, 0.015625, 0.125));
+    s->tail = keep(fill(sizes.tail, p.tail_dtype, 0.5, -0.25));
+  }
+  const int64_t rows = kPrefix ? B * N + 1 : B * N;
+  Case shape = c, dense = c;
+  shape.batch = rows, shape.vocab_size = D, dense.strided = false;
+  const Rows q = make_rows(shape, Hq, c.dtype, 31, true);
+  const auto table = make_table<int32_t>(c, max_pages, [&](int64_t b, int64_t i) {
+    if (b % 7 == 5 && i == 0) return int64_t{-1};
+    return i * page_size < length ? b * max_pages + (max_pages - 1 - i) : int64_t{1} << 30;
+  });
+  const auto lens = make_table<int32_t>(dense, 1, [&](int64_t b, int64_t) { return b % 6 == 4 ? -1 : length - b % 3; });
+  const auto tails = make_table<int32_t>(dense, 1, [](int64_t b, int64_t) { return b % 3; });
+  const auto counts =
+      make_table<int32_t>(dense, 1, [&](int64_t b, int64_t) { return b % 4 == 3 ? 0 : std::min(N, length - b % 3); });
+  std::vector<int32_t> starts(B + 1), masks(B * N);
+  for (int64_t i = 0; i <= B; ++i) starts[i] = static_cast<int32_t>(i * N);
+  for (int64_t i = 0; i < B * N; ++i) masks[i] = static_cast<int32_t>(1 << i % N | 1);
+  Outputs out(c.before), sums(c.before);
+  const int64_t head_rows = rows * Hq;
+  if constexpr (kPrefix) {
+    PrefixAttentionArgs a{.q = q.data.data(),
+                          .pages = p,
+                          .group_start = starts.data(),
+                          .page_table = table.data.data(),
+                          .prefix_lens = lens.data.data(),
+                          .out = sums.add_bytes(head_rows * D * size_of(c.dtype)),
+                          .lse = sums.add_bytes(head_rows * size_of(compute(c.dtype))),
+                          .status = out.add<int32_t>(B),
+                          .scratch = nullptr,
+                          .num_rows = rows,
+                          .num_groups = B,
+                          .num_q_heads = Hq,
+                          .max_pages = max_pages,
+                          .page_table_stride = table.stride,
+                          .q_row_stride = q.batch_stride,
+                          .q_head_stride = q.row_stride,
+                          .scale = 0.25,
+                          .softcap = odd ? 8.0 : 0.0,
+                          .dtype = c.dtype};
+    Bytes scratch(cpu::prefix_attention_scratch_bytes(a, exec));
+    a.scratch = scratch.data();
+    cpu::prefix_attention(a, exec);
+  } else {
+    PagedAttentionArgs a{.q = q.data.data(),
+                         .pages = p,
+                         .page_table = table.data.data(),
+                         .kv_lens = lens.data.data(),
+                         .num_queries = counts.data.data(),
+                         .tail_lens = kivi ? tails.data.data() : nullptr,
+                         .coded_lens = nullptr,
+                         .tree_mask = odd ? masks.data() : nullptr,
+                         .out = sums.add_bytes(head_rows * D * size_of(c.dtype)),
+                         .lse = sums.add_bytes(head_rows * size_of(compute(c.dtype))),
+                         .status = out.add<int32_t>(B),
+                         .scratch = nullptr,
+                         .batch = B,
+                         .num_slots = N,
+                         .num_q_heads = Hq,
+                         .max_pages = max_pages,
+                         .page_table_stride = table.stride,
+                         .q_batch_stride = N * q.batch_stride,
+                         .q_slot_stride = q.batch_stride,
+                         .q_head_stride = q.row_stride,
+                         .window = odd ? 0 : 40,
+                         .scale = 0.25,
+                         .softcap = 0,
+                         .causal = true,
+                         .dtype = c.dtype};
+    Bytes scratch(cpu::paged_attention_scratch_bytes(a, exec));
+    a.scratch = scratch.data();
+    cpu::paged_attention(a, exec);
+  }
+  Bytes all = out.all();
+  if (c.dtype == DType::kBFloat16) return all;  // AVX-512 has products of its own
+  for (const std::byte byte : sums.all()) all.push_back(byte);
+  return all;
+}
+
+Bytes run_merge_states(const Case& c, const Exec& exec) {
+  const int64_t rows = c.batch * c.rows, heads = 2, states = 1 + 5 * c.variant;
+  Case shape = c;
+  shape.batch = rows, shape.strided = false;
+  std::vector<Rows> outs, lses;
+  MergeStatesArgs a{};
+  for (int64_t i = 0; i < states; ++i) {
+    outs.push_back(make_rows(shape, heads, c.dtype, 41 + i, true));
+    Case one = shape;
+    one.vocab_size = heads;
+    lses.push_back(make_rows(one, 1, compute(c.dtype), 61 + i, false));
+  }
+  for (int64_t i = 0; i < states; ++i) a.outs[i] = outs[i].data.data(), a.lses[i] = lses[i].data.data();
+  Outputs out(c.before);
+  a.out = out.add_bytes(rows * heads * c.vocab_size * size_of(c.dtype));
+  a.lse = out.add_bytes(rows * heads * size_of(compute(c.dtype)));
+  a.num_states = states, a.num_rows = rows, a.num_heads = heads, a.head_dim = c.vocab_size, a.dtype = c.dtype;
+  cpu::merge_states(a, exec);
+  return out.all();
+}
+
 struct Op {
   const char* name;
   Bytes (*run)(const Case&, const Exec&);
@@ -880,6 +1008,9 @@ constexpr Op kOps[] = {
     {"kv_keep", run_kv<KVOp::kKeep>, 14},
     {"kv_dequant", run_kv<KVOp::kDequant>, 14},
     {"kv_report", run_kv<KVOp::kReport>, 14},
+    {"paged_attention", run_attention<false>, 14},
+    {"prefix_attention", run_attention<true>, 14},
+    {"merge_states", run_merge_states, 4},
     {"tree_check", run_tree_check, 2, true},
     {"tree_mask", run_tree_mask, 2, true},
 };

@@ -183,7 +183,8 @@ def test_kernels_agree_on_hostile_sizes(package, tmp_path):
     printed = run(build_against(package, "tests/cpp", tmp_path) / "kernels")
     # a new op must be added to kernels.cpp
     tested = {line.partition(":")[0] for line in printed.splitlines()}
-    assert tested == {path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc").glob("*/*_cpu.cpp")}
+    shared = {"attend"}  # no op: what paged_attention and prefix_attention call
+    assert tested | shared == {path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc").glob("*/*_cpu.cpp")}
 
 
 @pytest.mark.slow

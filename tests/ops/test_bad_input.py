@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastdecode.ops import KVPages
 from kv_inputs import make_pages
 from support import raises
 
@@ -38,6 +39,20 @@ GOOD: dict[str, dict] = {
     | {"page_table": TABLE_OF_PAGES},
     "kv_report": {"k": KEYS[:, None], "v": KEYS[:, None], "pages": PAGES, "page_table": TABLE_OF_PAGES}
     | {"kv_lens": ZEROS},
+    "paged_attention": {
+        "q": torch.zeros(B, K, 4, 16),
+        "pages": KVPages.allocate(5, 8, 2, 16, scheme="kivi4", group=8, batch=B, tail_size=9),
+        "page_table": torch.zeros(B, 2, dtype=I32),
+        "kv_lens": torch.full((B,), 4, dtype=I32),
+        "tail_lens": torch.full((B,), 4, dtype=I32),
+    },
+    "prefix_attention": {
+        "q": torch.zeros(9, 4, 16),
+        "pages": KVPages.allocate(5, 8, 2, 16),
+        "group_start": torch.zeros(B + 1, dtype=I32),
+        "page_table": torch.zeros(B, 2, dtype=I32),
+        "prefix_lens": torch.full((B,), 4, dtype=I32),
+    },
     "tree_check": {"parents": torch.zeros(B, K, dtype=I32)},
     "tree_mask": {"parents": torch.zeros(B, K, dtype=I32)},
     "commit": {
@@ -96,6 +111,15 @@ TENSORS: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
     "kv_flush_": {"end": ((B,), I32)},
     "kv_keep_": {"num_keep": ((B,), I32)},
     "kv_report": {"v": ((B, 1, 2, 16), F32)},
+    "paged_attention": {
+        "page_table": ((B, 2), I32),
+        "kv_lens": ((B,), I32),
+        "num_queries": ((B,), I32),
+        "tail_lens": ((B,), I32),
+        "coded_lens": ((B, K), I32),
+        "tree_mask": ((B, K, 1), I32),
+    },
+    "prefix_attention": {"page_table": ((B, 2), I32), "prefix_lens": ((B,), I32)},
     "tree_check": {"num_nodes": ((B,), I32)},
     "tree_mask": {"num_nodes": ((B,), I32)},
     "commit": {
@@ -112,6 +136,8 @@ TABLE = [
     for what, value in wrong_tensors(shape, dtype)
     # The vocabulary's size is read off the target: a wider one is another vocabulary, not an error.
     if not (op == "verify_chain" and argument == "target_logits" and what == "last size")
+    # A wider table is one of longer requests.
+    if not (argument == "page_table" and what == "last size")
 ]
 
 
