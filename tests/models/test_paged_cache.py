@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdecode import ops
@@ -248,6 +248,7 @@ def both(call: Callable, paged: PagedKVCache, plain: ContiguousKVCache) -> bool:
 
 
 @pytest.mark.parametrize("scheme", ["plain", "int4", "kivi2"])
+@example([("forward", 137, 1723)])  # a path that reaches further than the ring, and starts to move inside it
 @given(st.lists(STEP, min_size=1, max_size=15))
 @settings(max_examples=40, deadline=None)
 def test_random_walks_are_those_of_a_contiguous_cache(scheme, walk):

@@ -472,27 +472,30 @@ class PagedKVCache(Rows):
         new_lens = [length + count for length, count in zip(self._lens, counts)]
         window = self._window
         coded = list(self._coded)
+        starts, paths = list(self._lens), list[list[int]]([] for _ in counts)
+        for row, slots in moves:
+            # from the last slot that stays: the places before it may have left the ring
+            last = next(i for i, slot in enumerate(slots) if slot != i) - 1
+            starts[row] += last
+            paths[row] = [slot - last for slot in slots[last:]]
+            coded[row] = min(coded[row], (starts[row] + 1) // window * window)
         if self.config.has_ring:
-            for row, slots in moves:
-                first = next(i for i, slot in enumerate(slots) if slot != i)
-                coded[row] = min(coded[row], (self._lens[row] + first) // window * window)
             ends = [length // window * window for length in new_lens]
             for row, (have, end, length) in enumerate(zip(coded, ends, new_lens)):
-                self._check_ring("KVCache.keep: num_keep", row, min(have, end), length)
+                first = min(have, end, starts[row]) if len(paths[row]) > 1 else min(have, end)
+                self._check_ring("KVCache.keep: num_keep", row, first, length)
         if moves:
-            rows = {row: slots for row, slots in moves}
-            longest = max(map(len, rows.values()))
-            path = [rows.get(row, []) + [0] * (longest - len(rows.get(row, []))) for row in range(self.batch)]
             if not self.config.has_ring:
-                for row in rows:
-                    self._make_writable(row, self._lens[row], new_lens[row], pending=True)
-            ops.kv_keep_(
+                for row, _ in moves:
+                    self._make_writable(row, starts[row] + 1, new_lens[row], pending=True)
+            status = ops.kv_keep_(
                 self.pages,
-                self._tensor(path),
-                self._tensor([len(rows.get(row, ())) for row in range(self.batch)]),
-                self._tensor(self._lens),
+                self._rectangle(paths),
+                self._tensor(list(map(len, paths))),
+                self._tensor(starts),
                 page_table=None if self.config.has_ring else self.page_table(),
             )
+            assert not status.any(), "KVCache.keep: the op refused what was checked"
         if self.config.has_ring:
             if any(have < end for have, end in zip(coded, ends)):
                 for row, (have, end) in enumerate(zip(coded, ends)):
