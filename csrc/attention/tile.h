@@ -46,15 +46,46 @@ class Carve {
   int64_t bytes_ = 0;
 };
 
+// use(i, page, offset) for the tokens first + i of a sequence whose bit i is set.
+template <class Use>
+FD_INLINE void for_each_token(const KVPages& p, const Sequence& s, int64_t first, uint64_t any, const Use& use) {
+  int64_t index = first / p.page_size, offset = first % p.page_size;
+  for (int64_t i = 0; i < kKeys; ++i) {
+    if (any >> i & 1) use(i, int64_t{s.table[index]}, offset);
+    if (++offset == p.page_size) ++index, offset = 0;
+  }
+}
+
 #if FD_CPU_LEVEL >= 4
+// Rows of keys and values of a tile, and of the one behind it, which is fetched into the cache meanwhile. `nothing`
+// stands for tokens that are not read.
+struct Rows {
+  const std::byte *k[2 * kKeys], *v[2 * kKeys];
+
+  template <class At>
+  Rows(const KVPages& p, const Sequence& s, int64_t first, uint64_t any, const void* nothing, const At& at) {
+    for (int64_t i = 0; i < 2 * kKeys; ++i) k[i] = v[i] = static_cast<const std::byte*>(nothing);
+    for_each_token(p, s, first, any, [&](int64_t i, int64_t page, int64_t offset) { at(i, page, offset, k[i], v[i]); });
+    const int64_t next = first + kKeys;
+    if (next >= s.coded_end) return;
+    for_each_token(p, s, next, bits_between(0, s.coded_end - next), [&](int64_t i, int64_t page, int64_t offset) {
+      at(kKeys + i, page, offset, k[kKeys + i], v[kKeys + i]);
+    });
+  }
+};
+
+FD_INLINE void fetch(const void* row, int64_t byte) { _mm_prefetch(static_cast<const char*>(row) + byte, _MM_HINT_T1); }
+
 // to [i * kKeys + key] = row `key` [i] for 16 keys and i < n.
-FD_ROW inline void transpose(const uint32_t* const* rows, int64_t n, uint32_t* to) {
+FD_ROW inline void transpose(const std::byte* const* rows, int64_t n, uint32_t* to) {
   for (int64_t first = 0; first < n; first += 16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) fetch(rows[kKeys + i], 4 * first);
     const int64_t left = n - first;
     const __mmask16 inside = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
     __m512i x[16], y[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) x[i] = _mm512_maskz_loadu_epi32(inside, rows[i] + first);
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_maskz_loadu_epi32(inside, rows[i] + 4 * first);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
@@ -125,8 +156,8 @@ class NumberTile {
       if (by_channel) continue;
 #if FD_CPU_LEVEL >= 4
       if constexpr (std::is_same_v<C, float>) {
-        const uint32_t* from[16];
-        for (int64_t i = 0; i < 16; ++i) from[i] = reinterpret_cast<const uint32_t*>(rows + i * D);
+        const std::byte* from[kKeys + 16];
+        for (int64_t i = 0; i < 16; ++i) from[i] = from[kKeys + i] = reinterpret_cast<const std::byte*>(rows + i * D);
         transpose(from, D, reinterpret_cast<uint32_t*>(keys) + low);
         continue;
       }
@@ -192,27 +223,24 @@ class PairTile {
 
   void load(const Block& block, bool ring, int64_t first, uint64_t any) {
     const KVPages& p = a.pages;
-    const bool direct = ring ? p.tail_dtype == DType::kBFloat16 : p.scheme == kKVPlain && p.dtype == DType::kBFloat16;
     const bool by_channel = !ring && is_kivi(p.scheme);
-    const uint32_t* k_rows[kKeys];
-    const __m512i* v_rows[kKeys];
-    for (int64_t key = 0; key < kKeys; ++key) {
-      const void *k = nothing, *v = nothing;
-      if (any >> key & 1) {
-        if (direct) {
-          k = where(p.k, block, ring, first + key);
-          v = where(p.v, block, ring, first + key);
-        } else {
-          if (!by_channel) {
-            load_token(a, true, block.s, ring, first + key, block.kv_head, numbers);
-            k = convert(converted + key * D);
-          }
-          load_token(a, false, block.s, ring, first + key, block.kv_head, numbers);
-          v = convert(converted + (kKeys + key) * D);
-        }
+    const bool direct = !ring && p.scheme == kKVPlain && p.dtype == DType::kBFloat16;
+    const auto* k_data = static_cast<const std::byte*>(p.k.data);
+    const auto* v_data = static_cast<const std::byte*>(p.v.data);
+    Rows rows(p, block.s, first, direct ? any : 0, nothing,
+              [&](int64_t, int64_t page, int64_t offset, const std::byte*& k, const std::byte*& v) {
+                if (!direct) return;
+                k = k_data + 2 * token_at(p.k, page, offset, block.kv_head);
+                v = v_data + 2 * token_at(p.v, page, offset, block.kv_head);
+              });
+    for (int64_t key = 0; key < kKeys && !direct; ++key) {
+      if (!(any >> key & 1)) continue;
+      if (!by_channel) {
+        load_token(a, true, block.s, ring, first + key, block.kv_head, numbers);
+        rows.k[key] = convert(converted + key * D);
       }
-      k_rows[key] = static_cast<const uint32_t*>(k);
-      v_rows[key] = static_cast<const __m512i*>(v);
+      load_token(a, false, block.s, ring, first + key, block.kv_head, numbers);
+      rows.v[key] = convert(converted + (kKeys + key) * D);
     }
     if (by_channel) {
       load_channel_coded(a, block.s, first, any, block.kv_head, by_channels);
@@ -223,14 +251,16 @@ class PairTile {
         _mm512_storeu_si512(keys + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
     } else {
-      for (int64_t low = 0; low < kKeys; low += 16) transpose(k_rows + low, D / 2, keys + low);
+      for (int64_t low = 0; low < kKeys; low += 16) transpose(rows.k + low, D / 2, keys + low);
     }
     for (int64_t key = 0; key < kKeys; key += 2) {
       uint32_t* to = values + key / 2 * width(D);
       for (int64_t d = 0; d < D; d += 32) {
         const __mmask32 inside = D - d >= 32 ? 0xffffffff : 0xffff;
-        const __m512i even = _mm512_maskz_loadu_epi16(inside, reinterpret_cast<const BFloat16*>(v_rows[key]) + d);
-        const __m512i odd = _mm512_maskz_loadu_epi16(inside, reinterpret_cast<const BFloat16*>(v_rows[key + 1]) + d);
+        fetch(rows.v[kKeys + key], 2 * d);
+        fetch(rows.v[kKeys + key + 1], 2 * d);
+        const __m512i even = _mm512_maskz_loadu_epi16(inside, rows.v[key] + 2 * d);
+        const __m512i odd = _mm512_maskz_loadu_epi16(inside, rows.v[key + 1] + 2 * d);
         _mm512_storeu_si512(to + d, _mm512_unpacklo_epi16(even, odd));
         _mm512_storeu_si512(to + d + 16, _mm512_unpackhi_epi16(even, odd));
       }
@@ -257,19 +287,11 @@ class PairTile {
   }
 
  private:
-  const void* where(const KVStore& s, const Block& block, bool ring, int64_t position) const {
-    const KVPages& p = a.pages;
-    if (ring)
-      return static_cast<const BFloat16*>(s.tail) + tail_at(s, block.s.index, position % p.tail_size, block.kv_head);
-    return static_cast<const BFloat16*>(s.data) +
-           token_at(s, block.s.table[position / p.page_size], position % p.page_size, block.kv_head);
-  }
-
-  const void* convert(BFloat16* to) const {
+  const std::byte* convert(BFloat16* to) const {
     for (int64_t d = 0; d < D; d += 16)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d),
                           (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(numbers + d)));
-    return to;
+    return reinterpret_cast<const std::byte*>(to);
   }
 
   const AttendArgs& a;
@@ -340,32 +362,31 @@ class CodeTile {
 
   void load(const Block& block, bool, int64_t first, uint64_t any) {
     const KVPages& p = a.pages;
-    const uint8_t *k_rows[kKeys], *v_rows[kKeys];
-    for (int64_t key = 0; key < kKeys; ++key) {
-      k_rows[key] = v_rows[key] = nothing;
-      if (any >> key & 1) {
-        const int64_t page = block.s.table[(first + key) / p.page_size], at = (first + key) % p.page_size;
-        k_rows[key] = static_cast<const uint8_t*>(p.k.data) + token_at(p.k, page, at, block.kv_head);
-        v_rows[key] = static_cast<const uint8_t*>(p.v.data) + token_at(p.v, page, at, block.kv_head);
-        const auto* k = static_cast<const Half*>(p.k.scale) + scale_at(p.k, page, at, block.kv_head);
-        const auto* v = static_cast<const Half*>(p.v.scale) + scale_at(p.v, page, at, block.kv_head);
-        for (int64_t g = 0; g < groups; ++g) {
-          std::memcpy(raw + g * kKeys + key, k + 2 * g, 4);
-          std::memcpy(raw + (groups + g) * kKeys + key, v + 2 * g, 4);
-        }
-      } else {
-        for (int64_t g = 0; g < 2 * groups; ++g) raw[g * kKeys + key] = 0;
-      }
-    }
+    const auto* k_data = static_cast<const std::byte*>(p.k.data);
+    const auto* v_data = static_cast<const std::byte*>(p.v.data);
+    if (~any) std::memset(raw, 0, 2 * groups * kKeys * 4);
+    Rows rows(p, block.s, first, any, nothing,
+              [&](int64_t i, int64_t page, int64_t offset, const std::byte*& k_row, const std::byte*& v_row) {
+                k_row = k_data + token_at(p.k, page, offset, block.kv_head);
+                v_row = v_data + token_at(p.v, page, offset, block.kv_head);
+                const auto* k = static_cast<const Half*>(p.k.scale) + scale_at(p.k, page, offset, block.kv_head);
+                const auto* v = static_cast<const Half*>(p.v.scale) + scale_at(p.v, page, offset, block.kv_head);
+                if (i >= kKeys) {
+                  if (i % 8 == 0) fetch(k, 0), fetch(v, 0);
+                  return;
+                }
+                for (int64_t g = 0; g < groups; ++g) {
+                  std::memcpy(raw + g * kKeys + i, k + 2 * g, 4);
+                  std::memcpy(raw + (groups + g) * kKeys + i, v + 2 * g, 4);
+                }
+              });
     for (int64_t i = 0; i < 2 * groups * kKeys; i += 16) {  // step in the low half, offset in the high one
       const __m512i both = _mm512_loadu_si512(raw + i);
       float* to = scales + i / kKeys * 2 * kKeys + i % kKeys;
       _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both)));
       _mm512_storeu_ps(to + kKeys, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))));
     }
-    const uint32_t* rows[kKeys];
-    for (int64_t key = 0; key < kKeys; ++key) rows[key] = reinterpret_cast<const uint32_t*>(k_rows[key]);
-    for (int64_t low = 0; low < kKeys; low += 16) transpose(rows + low, bytes / 4, keys + low);
+    for (int64_t low = 0; low < kKeys; low += 16) transpose(rows.k + low, bytes / 4, keys + low);
     const __m512i low_half = _mm512_set1_epi8(15);
     if (bits == 4) {
       for (int64_t i = 0; i < bytes / 4 * kKeys; i += 16) {
@@ -379,7 +400,10 @@ class CodeTile {
       for (int64_t at = 0; at < bytes; at += 64) {
         const __mmask64 inside = bytes - at >= 64 ? ~uint64_t{0} : (uint64_t{1} << (bytes - at)) - 1;
         __m512i x[4];
-        for (int i = 0; i < 4; ++i) x[i] = _mm512_maskz_loadu_epi8(inside, v_rows[key + i] + at);
+        for (int i = 0; i < 4; ++i) {
+          fetch(rows.v[kKeys + key + i], at);
+          x[i] = _mm512_maskz_loadu_epi8(inside, rows.v[key + i] + at);
+        }
         const __m512i low01 = _mm512_unpacklo_epi8(x[0], x[1]), high01 = _mm512_unpackhi_epi8(x[0], x[1]);
         const __m512i low23 = _mm512_unpacklo_epi8(x[2], x[3]), high23 = _mm512_unpackhi_epi8(x[2], x[3]);
         const __m512i four[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
