@@ -262,3 +262,4 @@ def test_kv_cache(cli, shipped):
     assert ran.code != 0 and "kv_cache: expected one of plain" in ran.err
     ran = cli("generate", "def f", *SHORT, "--kv-cache", "int8")
     assert "KiB, 10 bits per value" in ran.err
+    assert "exact, as plain decoding over the cache int8" in ran.err

@@ -196,8 +196,9 @@ def _show_statistics(method: Method, about: dict[str, Any], results: Results) ->
     seconds = statistics.total_seconds
     rule = f" ({about['rule']})" if about["rule"] and about["guarantee"] != "exact" else ""
     parts = [f"{part} {value / seconds:.0%}" for part, value in statistics.seconds.items() if seconds and value > 0]
+    over = f", as plain decoding over the cache {about['kv_cache']}" if about["kv_cache"] else ""
     lines = {
-        "method": f"{method.name}{rule}, {about['guarantee']}",
+        "method": f"{method.name}{rule}, {about['guarantee']}{over}",
         "tokens": f"{statistics.tokens} in {statistics.target_passes} target passes, "
         f"{statistics.tokens_per_pass:.2f} per pass",
         "finish": ", ".join(dict.fromkeys(_finish(result) for result in results)),
