@@ -7,70 +7,117 @@
 namespace fastdecode::FD_ISA {
 namespace {
 
-constexpr int64_t kChannels = 16;  // whose ranges are taken at once
+// Of sixteen channels.
+template <class C>
+struct LaneCoder {
+  Lanes<C> offset, step, half, inverse;
+};
 
 // Tokens first .. first + group - 1 of one head of one request.
 template <class T, class C = Compute<T>>
 struct Group {
   const KVPages& p;
   int64_t b, head, first, page;
+  int64_t slot = first % p.tail_size, at = first % p.page_size;
+  int bits = code_bits(p.scheme);
+  int64_t bytes = p.group * bits / 8, run_bytes = p.page_size * bits / 8;  // of a channel's codes, here and of the page
 
-  const T* token(const KVStore& s, int64_t i) const {
-    return static_cast<const T*>(s.tail) + tail_at(s, b, (first + i) % p.tail_size, head);
+  FD_INLINE const T* token(const KVStore& s, int64_t i) const {
+    const int64_t place = slot + i < p.tail_size ? slot + i : slot + i - p.tail_size;
+    return static_cast<const T*>(s.tail) + tail_at(s, b, place, head);
+  }
+  Half* key_scale(int64_t d) const {
+    return static_cast<Half*>(p.k.scale) + page * p.k.scale_page_stride + head * p.k.scale_head_stride +
+           at / p.group * 2 * p.head_dim + d;
+  }
+  uint8_t* key_run(int64_t d) const {
+    return static_cast<uint8_t*>(p.k.data) + page * p.k.page_stride + head * p.k.head_stride + d * run_bytes +
+           at * bits / 8;
   }
 
-  // kChannels channels from d on, fewer at the end.
-  FD_INLINE int32_t encode_keys(int64_t d, int64_t channels) const {
-    const int bits = code_bits(p.scheme);
-    const int64_t at = first % p.page_size, bytes = p.group * bits / 8;
-    Range<C> range[kChannels];
+  FD_ROW int32_t encode_channel(int64_t d) const {
+    Range<C> r;
     for (int64_t i = 0; i < p.group; ++i) {
-      const T* row = token(p.k, i) + d;
-      for (int64_t c = 0; c < channels; ++c) {
-        const C x = load(row[c]);
-        const bool finite = is_finite(x);
-        range[c].low = finite && x < range[c].low ? x : range[c].low;
-        range[c].high = finite && x > range[c].high ? x : range[c].high;
-        range[c].all_finite &= finite;
-      }
+      const C x = load(token(p.k, i)[d]);
+      const bool finite = is_finite(x);
+      r.low = finite && x < r.low ? x : r.low;
+      r.high = finite && x > r.high ? x : r.high;
+      r.all_finite &= finite;
     }
-    Half* scale = static_cast<Half*>(p.k.scale) + page * p.k.scale_page_stride + head * p.k.scale_head_stride +
-                  at / p.group * 2 * p.head_dim + d;
-    uint8_t* data = static_cast<uint8_t*>(p.k.data) + page * p.k.page_stride + head * p.k.head_stride +
-                    d * (p.page_size * bits / 8) + at * bits / 8;
+    Half scale[2];
     int32_t status = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      const Range<C>& r = range[c];
-      const bool any = r.low <= r.high;
-      const C low = coded_limit(r.low, any), high = coded_limit(r.high, any);
-      if (!r.all_finite) status |= kStatusNaN;
-      if (any && (r.low < low || r.high > high)) status |= kStatusSaturated;
-      const Grid grid = make_grid(low, high, (1 << bits) - 1);
-      scale[c] = grid.step;
-      scale[p.head_dim + c] = grid.offset;
-      const Coder<C> coder(grid, low, high);
-      uint8_t* run = data + c * (p.page_size * bits / 8);
-      for (int64_t j = 0; j < bytes; ++j) {
-        uint32_t byte = 0;
-        for (int64_t part = 0; part < 8 / bits; ++part)
-          byte |= coder.code(static_cast<C>(load(token(p.k, j + part * bytes)[d + c]))) << (bits * part);
-        run[j] = static_cast<uint8_t>(byte);
+    const GroupCode<C> code = code_group(r, (1 << bits) - 1, scale, status);
+    key_scale(d)[0] = scale[0];
+    key_scale(d)[p.head_dim] = scale[1];
+    uint8_t* run = key_run(d);
+    for (int64_t j = 0; j < bytes; ++j) {
+      uint32_t byte = 0;
+      for (int64_t part = 0; part < 8 / bits; ++part)
+        byte |= code.coder.code(load(token(p.k, j + part * bytes)[d])) << (bits * part);
+      run[j] = static_cast<uint8_t>(byte);
+    }
+    return status;
+  }
+
+  // Sixteen channels; false if one has a value that does not count for its range, or that is beyond float16.
+  FD_ROW bool encode_channels(int64_t d) const {
+    Lanes<C> low = Lanes<C>{} + kInf<C>, high = Lanes<C>{} - kInf<C>;
+    LaneBits<C> odd = {};
+    for (int64_t i = 0; i < p.group; ++i) {
+      const Lanes<C> x = load_lanes(token(p.k, i) + d);
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+      odd |= (LaneBits<C>)(x - x);  // 0, or NaN
+    }
+    odd |= (LaneBits<C>)(low < C(-kLargestHalf)) | (LaneBits<C>)(high > C(kLargestHalf));
+    if (any_bit(odd)) return false;
+    LaneCoder<C> coder;
+    Half* scale = key_scale(d);
+    int32_t status = 0;
+    for (int64_t c = 0; c < kWide; ++c) {
+      Half own[2];
+      const Coder<C> one = code_group<C>({low[c], high[c], true}, (1 << bits) - 1, own, status).coder;
+      scale[c] = own[0];
+      scale[p.head_dim + c] = own[1];
+      coder.offset[c] = one.offset, coder.step[c] = one.step, coder.half[c] = one.half, coder.inverse[c] = one.inverse;
+    }
+    uint8_t* run = key_run(d);
+    for (int64_t j = 0; j < bytes; ++j) {
+      LaneBits<C> all = {};
+      for (int64_t part = 0; part < 8 / bits; ++part)
+        all |= codes_of<C>(coder, load_lanes(token(p.k, j + part * bytes) + d)) << static_cast<int>(bits * part);
+      const auto some = __builtin_convertvector(all, Bytes16);
+      for (int64_t c = 0; c < kWide; ++c) run[c * run_bytes + j] = some[c];
+    }
+    return true;
+  }
+
+  FD_ROW int32_t encode_values() const {
+    constexpr int64_t kRows = 8;  // at once
+    C buffer[kRows * kMaxHeadDim];
+    int32_t status = 0;
+    for (int64_t i = 0; i < p.group; i += kRows) {
+      IntRow<C> rows[kRows];
+      const int64_t count = p.group - i < kRows ? p.group - i : kRows;
+      for (int64_t r = 0; r < count; ++r) {
+        load_row(token(p.v, i + r), p.head_dim, buffer + r * p.head_dim);
+        rows[r] = {buffer + r * p.head_dim, static_cast<uint8_t*>(p.v.data) + token_at(p.v, page, at + i + r, head),
+                   static_cast<Half*>(p.v.scale) + scale_at(p.v, page, at + i + r, head)};
       }
+      status |= encode_int_rows(rows, count, p.head_dim, p.group, bits);
     }
     return status;
   }
 
   int32_t encode() const {
-    int32_t status = 0;
-    for (int64_t d = 0; d < p.head_dim; d += kChannels)
-      status |= encode_keys(d, d + kChannels < p.head_dim ? kChannels : p.head_dim - d);
-    C row[kMaxHeadDim];
-    for (int64_t i = 0; i < p.group; ++i) {
-      const int64_t offset = (first + i) % p.page_size;
-      load_row(token(p.v, i), p.head_dim, row);
-      const IntRow<C> codes{row, static_cast<uint8_t*>(p.v.data) + token_at(p.v, page, offset, head),
-                            static_cast<Half*>(p.v.scale) + scale_at(p.v, page, offset, head)};
-      status |= encode_int_rows(&codes, 1, p.head_dim, p.group, code_bits(p.scheme));
+    int32_t status = encode_values();
+    for (int64_t d = 0; d < p.head_dim;) {
+      if (d + kWide <= p.head_dim && encode_channels(d)) {
+        d += kWide;
+        continue;
+      }
+      const int64_t end = d + kWide < p.head_dim ? d + kWide : p.head_dim;
+      for (; d < end; ++d) status |= encode_channel(d);
     }
     return status;
   }

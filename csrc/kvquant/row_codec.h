@@ -68,10 +68,10 @@ FD_INLINE Grid grid_of(C low, C high, int levels) {
   return make_grid(low, high, levels);
 }
 
-// Sixteen of Coder's codes, of values inside the group's range. Where no quotient is near the middle between two
-// codes, which is nearly always, rounding it is enough.
-template <class C>
-FD_INLINE LaneBits<C> codes_of(const Coder<C>& coder, const Lanes<C>& x) {
+// Sixteen of Coder's codes, of values inside their group's range. Where no quotient is near the middle between two
+// codes, which is nearly always, rounding it is enough. K: Coder, or its fields for each lane.
+template <class C, class K>
+FD_INLINE LaneBits<C> codes_of(const K& coder, const Lanes<C>& x) {
   const C kMagic = C(1.5) * power_of_two<C>(Parts<C>::kMantissa);  // what is added to it is rounded to an integer
   const C kMiddle = C(0.5) - power_of_two<C>(-12);                 // quotients err by less than 256 * 3 * 2^-24
   const Lanes<C> value = x - coder.offset, quotient = value * coder.inverse;
