@@ -1,6 +1,6 @@
 #include "attention/merge_states.h"
 
-#include "core/fmath.h"
+#include "core/cpu/tiles.h"
 #include "core/kv_codec.h"
 #include "core/rows.h"
 
@@ -23,15 +23,20 @@ FD_ROW void merge(const MergeStatesArgs& a, int64_t row) {
   static_cast<C*>(a.lse)[row] = broken ? sum : max + log_(sum);
   const C inverse = sum == 0 ? C(0) : 1 / sum;
   T* out = static_cast<T*>(a.out) + row * a.head_dim;
-  for (int64_t d = 0; d < a.head_dim; ++d) {
-    C total = 0;
-    for (int64_t i = 0; i < a.num_states; ++i) {
-      // An empty state adds nothing, whatever stands in it.
-      const C value = load(static_cast<const T*>(a.outs[i])[row * a.head_dim + d]);
-      total += weight[i] == 0 ? C(0) : weight[i] * value;
+  for_lanes(0, a.head_dim, [&](auto wide, int64_t d) {
+    std::conditional_t<wide, Lanes<C>, C> total = {};
+    for (int64_t i = 0; i < a.num_states; ++i)
+      if (weight[i] != 0)  // an empty state adds nothing, whatever stands in it
+        total = total + take(wide, static_cast<const T*>(a.outs[i]) + row * a.head_dim + d) * weight[i];
+    total = total * inverse;
+    if constexpr (std::is_same_v<T, C>) {
+      put<C>(wide, out + d, total);
+    } else if constexpr (wide) {
+      for (int64_t l = 0; l < kWide; ++l) out[d + l] = store<T, false>(total[l]);
+    } else {
+      out[d] = store<T, false>(total);
     }
-    out[d] = store<T, false>(total * inverse);
-  }
+  });
 }
 
 }  // namespace

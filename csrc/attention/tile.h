@@ -130,7 +130,8 @@ class NumberTile {
         q(carve.take<C>(kRows * D)),
         keys(carve.take<C>(kKeys * D)),
         values(carve.take<C>(kKeys * D)),
-        rows(carve.take<C>(16 * D)) {}
+        rows(carve.take<C>(16 * D)),
+        nothing(carve.take_zeros<C>(D)) {}
 
   static int64_t width(int64_t head_dim) { return head_dim; }
   static int64_t place(int64_t channel) { return channel; }
@@ -141,6 +142,10 @@ class NumberTile {
 
   void load(const Block& block, bool ring, int64_t first, uint64_t any) {
     const KVPages& p = a.pages;
+#if FD_CPU_LEVEL >= 4
+    if constexpr (std::is_same_v<C, float>)
+      if (!ring && p.scheme == kKVPlain && p.dtype == DType::kFloat32) return load_as_it_is(block, first, any);
+#endif
     const bool by_channel = !ring && is_kivi(p.scheme);
     if (by_channel) load_channel_coded(a, block.s, first, any, block.kv_head, keys);
     for (int64_t low = 0; low < kKeys; low += 16) {
@@ -187,9 +192,28 @@ class NumberTile {
   }
 
  private:
+#if FD_CPU_LEVEL >= 4
+  void load_as_it_is(const Block& block, int64_t first, uint64_t any) {
+    const KVPages& p = a.pages;
+    const auto* k_data = static_cast<const C*>(p.k.data);
+    const auto* v_data = static_cast<const C*>(p.v.data);
+    const Rows from(p, block.s, first, any, nothing,
+                    [&](int64_t, int64_t page, int64_t offset, const std::byte*& k, const std::byte*& v) {
+                      k = reinterpret_cast<const std::byte*>(k_data + token_at(p.k, page, offset, block.kv_head));
+                      v = reinterpret_cast<const std::byte*>(v_data + token_at(p.v, page, offset, block.kv_head));
+                    });
+    for (int64_t low = 0; low < kKeys; low += 16) transpose(from.k + low, D, reinterpret_cast<uint32_t*>(keys) + low);
+    for (int64_t key = 0; key < kKeys; ++key)
+      for (int64_t d = 0; d < D; d += 16) {
+        fetch(from.v[kKeys + key], 4 * d);
+        _mm512_storeu_si512(values + key * D + d, _mm512_loadu_si512(from.v[key] + 4 * d));
+      }
+  }
+#endif
+
   const AttendArgs& a;
   const int64_t D;
-  C *q, *keys, *values, *rows;
+  C *q, *keys, *values, *rows, *nothing;
 };
 
 #if FD_CPU_LEVEL >= 4
