@@ -31,6 +31,12 @@ small_tests=(
   tests/ops/test_target_probs.py::test_views_and_scalars
   tests/ops/test_token_logprobs.py::test_views
   tests/ops/test_verify_chain.py::test_views
+  tests/ops/test_paged_attention.py::test_every_scheme_equals_reference_in_every_dtype
+  tests/ops/test_paged_attention.py::test_strided_queries_and_tables
+  tests/ops/test_paged_attention.py::test_a_broken_key_or_value_spoils_only_rows_that_see_it
+  tests/ops/test_paged_attention.py::test_each_query_has_its_own_boundary
+  tests/ops/test_prefix_attention.py::test_strided_queries
+  tests/ops/test_merge_states.py::test_large_logits_do_not_overflow
 )
 tools=(memcheck racecheck synccheck initcheck)
 

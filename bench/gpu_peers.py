@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdecode import KVScheme
+
 from .harness import Call, Case
 
 
@@ -69,6 +71,10 @@ def of(op: str, case: Case) -> dict[str, Call]:
         peers["triton, without second"] = triton_row_stats
     elif op == "apply_token_bitmask":
         peers["triton"] = triton_bitmask
+    elif op == "paged_attention":
+        plain_rows = _bound(case.ours).get("scheme") == KVScheme.PLAIN and case.inputs[0][0].shape[1] == 1
+        if plain_rows and case.dtype != torch.float32 and has_flashinfer():
+            peers["flashinfer"] = flashinfer_decode
     return peers
 
 
@@ -91,6 +97,27 @@ def flashinfer_sample(
     if top_p is not None:
         return sampling.top_p_sampling_from_probs(probs, top_p)  # type: ignore[no-any-return]
     return sampling.sampling_from_probs(probs)  # type: ignore[no-any-return]
+
+
+def flashinfer_decode(q: Tensor, table: Tensor, lens: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+    """Attention of one query per request to paged keys. Planned at the first call with a table, which is not timed: it
+    waits for the GPU, and a model plans once for all its layers."""
+    key = table.data_ptr(), table.shape, q.shape
+    if key not in _planned:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        batch, pages = table.shape
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(torch.empty(256 << 20, dtype=torch.uint8), "HND")
+        starts = torch.arange(batch + 1, dtype=torch.int32) * pages
+        last = (lens - 1) % k.shape[2] + 1
+        sizes = (q.shape[2], k.shape[1], q.shape[3], k.shape[2])
+        wrapper.plan(starts, table.flatten(), last, *sizes, q_data_type=q.dtype, kv_data_type=k.dtype)
+        _planned.clear()  # of the case before
+        _planned[key] = wrapper
+    return _planned[key].run(q[:, 0], (k, v))  # type: ignore[no-any-return]
+
+
+_planned: dict[tuple[Any, ...], Any] = {}
 
 
 def nothing() -> None:

@@ -32,6 +32,7 @@ class Cache:
             layout="NHD",
             batch=batch if tail_size else 0,
             tail_size=tail_size,
+            device=torch.get_default_device(),
         )
         return cls(pages, torch.randperm(batch * width).int().view(batch, width))
 

@@ -60,6 +60,11 @@ def sdpa(q: Tensor, table: Tensor, lens: Tensor, *stores: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def sdpa_of_one(q: Tensor, table: Tensor, lens: Tensor, *stores: Tensor) -> Tensor:
+    k, v = stores[2:4]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True).transpose(1, 2)
+
+
 def dequant_sdpa(q: Tensor, table: Tensor, lens: Tensor, *stores: Tensor, scheme: KVScheme, group: int) -> Tensor:
     count = 6 if scheme == KVScheme.KIVI4 else 4
     pages = pages_of(scheme, group, q.shape[-1], stores[:count])
@@ -74,7 +79,7 @@ def dequant_sdpa(q: Tensor, table: Tensor, lens: Tensor, *stores: Tensor, scheme
 def matmul(q: Tensor, table: Tensor, lens: Tensor, *stores: Tensor) -> Tensor:
     """A matrix product with as many multiplications."""
     nodes, heads, head_dim = q.shape[1:]
-    rows = max(1, 2 * nodes * heads * head_dim * int(table.shape[1]) * PAGE_SIZE // 1024**2)
+    rows = max(1, 2 * len(q) * nodes * heads * head_dim * int(table.shape[1]) * PAGE_SIZE // 1024**2)
     return stores[-1][:1].expand(rows, -1) @ stores[-1]
 
 
@@ -86,11 +91,11 @@ def reads_or_products() -> Goal:
     )
 
 
-def random_cache(scheme: str, length: int, head_dim: int, kv_heads: int, dtype: torch.dtype) -> KVPages:
-    batch, tail_size = (1, 32) if scheme == "kivi4" else (0, 0)
+def random_cache(scheme: str, length: int, head_dim: int, kv_heads: int, dtype: torch.dtype, batch: int) -> KVPages:
+    rings, tail_size = (batch, 32) if scheme == "kivi4" else (0, 0)
     pages = KVPages.allocate(
-        -(-length // PAGE_SIZE), PAGE_SIZE, kv_heads, head_dim, scheme=scheme, dtype=dtype, batch=batch,
-        tail_size=tail_size,
+        batch * -(-length // PAGE_SIZE), PAGE_SIZE, kv_heads, head_dim, scheme=scheme, dtype=dtype, batch=rings,
+        tail_size=tail_size, device=torch.get_default_device(),
     )  # fmt: skip
     for data, scale in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
         if scale is None:
@@ -111,16 +116,17 @@ def case(
     kv_heads: int = KV_HEADS,
     head_dim: int = HEAD_DIM,
     dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
 ) -> Case:
-    cache = random_cache(scheme, length, head_dim, kv_heads, dtype)
+    cache = random_cache(scheme, length, head_dim, kv_heads, dtype, batch)
     stores = stores_of(cache)
     used = sum(t.nbytes for t in stores if t.numel() and t.dim() > 1)
     kind, group = cache.scheme, cache.group
-    q = torch.randn(1, nodes, heads, head_dim).to(dtype)
-    table = torch.randperm(cache.num_pages).int()[None]
-    lens = torch.tensor([length], dtype=torch.int32)
+    q = torch.randn(batch, nodes, heads, head_dim).to(dtype)
+    table = torch.randperm(cache.num_pages).int().view(batch, -1)
+    lens = torch.full((batch,), length, dtype=torch.int32)
     if scheme == "plain":
-        k, v = torch.randn(2, 1, kv_heads, length, head_dim).to(dtype)
+        k, v = torch.randn(2, batch, kv_heads, length, head_dim).to(dtype)
         mask = torch.ones(nodes, length, dtype=torch.bool).tril(length - nodes)
         square = torch.randn(1024, 1024).to(dtype)
         inputs = [
@@ -128,18 +134,21 @@ def case(
             for pages, others in zip(copies(*stores, used_bytes=used), copies(k, v), strict=False)
         ]
         peers: dict[str, Call] = {SDPA: sdpa, MATMUL: matmul}
+        if nodes == 1:
+            peers["torch SDPA without a mask"] = sdpa_of_one
         wanted = [reads_or_products(), times_faster(2, SDPA)]
     else:
-        stores += stores_of(random_cache("plain", length, head_dim, kv_heads, dtype))
+        stores += stores_of(random_cache("plain", length, head_dim, kv_heads, dtype, batch))
         inputs = [(q, table, lens, *pair) for pair in copies(*stores, used_bytes=used)]
         peers = {DEQUANTISE: partial(dequant_sdpa, scheme=kind, group=group), PLAIN: plain_pages}
         wanted = [times_faster(1.5, DEQUANTISE)]
         if nodes == 1 and scheme in ("int8", "int4"):
             wanted.append(at_most_times(0.75 if scheme == "int8" else 0.6, PLAIN))
     return Case(
-        shape=f"{scheme} {length} keys, {nodes} nodes, {heads}/{kv_heads} heads of {head_dim}",
+        shape=f"{scheme} B={batch}, {length} keys, {nodes} nodes, {heads}/{kv_heads} heads of {head_dim}",
         dtype=dtype,
-        elements=2 * nodes * heads * head_dim * length,
+        elements=2 * batch * nodes * heads * head_dim * length,
+        flops=4 * batch * nodes * heads * head_dim * length,
         bytes_moved=used + 2 * q.nbytes,
         inputs=inputs,
         ours=partial(paged, scheme=kind, group=group),
@@ -153,6 +162,15 @@ def cases(quick: bool) -> Iterator[Case]:
     if quick:
         for scheme in ("plain", "int8", "kivi4"):
             yield small(scheme, 256, 4)
+        return
+    if torch.get_default_device().type == "cuda":
+        for batch in (1, 16, 64):
+            yield case("plain", 8192, 1, goals=False, batch=batch)
+        for scheme in ("int8", "int4", "fp8_e4m3", "kivi4"):
+            yield case(scheme, 8192, 1, goals=False, batch=64)
+        for batch in (1, 8):
+            yield case("plain", 8192, 64, goals=False, batch=batch)
+        yield case("plain", 8192, 1, goals=False, batch=64, head_dim=64)
         return
     yield small("plain", 512, 1)
     for length in (2048, 8192, 32768):
