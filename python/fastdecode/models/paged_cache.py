@@ -256,11 +256,12 @@ class PagedStep:
 
 @dataclass(frozen=True, slots=True)
 class PrefixStep:
-    """Shared pages of a pass, and what is left to each row (see models.prefix). R rows are B * n slots, row by row.
+    """Shared pages of a pass, and what is left to each row (see models.prefix).
 
     Attributes:
         order, inverse: int64 [B], rows so that groups are adjacent, and back; None where they are.
-        levels: group_start int32 [G + 1] in slots, page_table int32 [G, pages] and prefix_lens int32 [G] of each level.
+        levels: of each level group_start int32 [G + 1], counted in slots (n per row), page_table int32 [G, pages] and
+            prefix_lens int32 [G].
         page_table, kv_lens: as in PagedStep, without the shared pages.
     """
 
