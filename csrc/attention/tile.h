@@ -326,9 +326,12 @@ class PairTile {
   BFloat16* nothing;
 };
 
-// bfloat16 queries, int8 or int4 codes: products of codes are exact integers. Queries, and weights times steps, are
-// integers of 15 bits in units of the row's (tile's) largest, in two signed bytes; that is finer than bfloat16.
+// bfloat16 queries, int8 or int4 codes: products of codes are exact integers. Queries are integers of 22 bits in units
+// of the row's largest, in three signed bytes: a channel of a thousandth of the largest still has more than bfloat16's
+// 8 bits. Weights times steps are integers of 15 bits in units of the tile's largest, in two.
 class CodeTile {
+  static constexpr int64_t kQueryPlanes = 3;
+
  public:
   using Compute = float;
 
@@ -344,14 +347,14 @@ class CodeTile {
         bits(code_bits(args.pages.scheme)),
         bytes(D * bits / 8),
         groups(D / args.pages.group),
-        q(carve.take<uint32_t>(2 * kRows * D / 4)),
+        q(carve.take<uint32_t>(kQueryPlanes * kRows * D / 4)),
         q_unit(carve.take<float>(kRows)),
         q_sum(carve.take<float>(kRows * groups)),
         keys(carve.take<uint32_t>(kKeys * D / 4)),
         values(carve.take<uint32_t>(kKeys / 4 * width(D, bits))),
         scales(carve.take<float>(4 * groups * kKeys)),
         raw(carve.take<uint32_t>(2 * groups * kKeys)),
-        sums(carve.take<int32_t>(2 * kRows * (kKeys > width(D, bits) ? kKeys : width(D, bits)))),
+        sums(carve.take<int32_t>(kRows * std::max(kQueryPlanes * kKeys, 2 * width(D, bits)))),
         planes(carve.take<uint32_t>(2 * kRows * kKeys / 4)),
         unit(carve.take<float>(kRows)),
         shift(carve.take<float>(kRows)),
@@ -373,8 +376,10 @@ class CodeTile {
         const Lanes<float> x = load_lanes(from + d);
         top = larger<float>(top, x < 0 ? -x : x);
       }
-      q_unit[r] = to_planes(from, D, largest<float>(top), reinterpret_cast<int8_t*>(q + r * D / 4),
-                            reinterpret_cast<int8_t*>(q + (kRows + r) * D / 4));
+      int8_t* planes_of_row[kQueryPlanes];
+      for (int64_t plane = 0; plane < kQueryPlanes; ++plane)
+        planes_of_row[plane] = reinterpret_cast<int8_t*>(q + (plane * kRows + r) * D / 4);
+      q_unit[r] = to_planes(from, D, largest<float>(top), planes_of_row);
       for (int64_t g = 0; g < groups; ++g) {
         Lanes<float> sum = {};
         for (int64_t d = g * a.pages.group; d < (g + 1) * a.pages.group; d += 16) sum = sum + load_lanes(from + d);
@@ -450,13 +455,16 @@ class CodeTile {
   void multiply_keys(int64_t first, int64_t num_rows, float* weights) {
     const int64_t inner = D / 4 / groups;
     for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t plane = 0; plane < 2; ++plane)
+      for (int64_t plane = 0; plane < kQueryPlanes; ++plane)
         product<Bytes, false>(num_rows, kKeys, inner, q + (plane * kRows + first) * D / 4 + g * inner, D / 4,
                               keys + g * inner * kKeys, kKeys, sums + plane * kRows * kKeys, kKeys);
       const float *step = scales + 2 * g * kKeys, *offset = step + kKeys;
       for (int64_t r = 0; r < num_rows; ++r) {
         for (int64_t key = 0; key < kKeys; key += 16) {
-          const Lanes<float> sum = joined(sums + r * kKeys + key, sums + (kRows + r) * kKeys + key) * q_unit[first + r];
+          const int32_t* plane = sums + r * kKeys + key;
+          const Lanes<float> high = (Lanes<float>)_mm512_cvtepi32_ps(_mm512_loadu_si512(plane));
+          const Lanes<float> rest = joined(plane + kRows * kKeys, plane + 2 * kRows * kKeys);
+          const Lanes<float> sum = fma(high, Lanes<float>{} + 16384.0f, rest) * q_unit[first + r];
           const Lanes<float> x =
               fma(sum, load_lanes(step + key), load_lanes(offset + key) * q_sum[(first + r) * groups + g]);
           float* to = weights + r * kKeys + key;
@@ -482,8 +490,9 @@ class CodeTile {
         }
         for (int turn = 0; turn < 4; ++turn) offsets = add_neighbours<float>(offsets, offsets);
         shift[r] = offsets[0];
-        unit[r] = to_planes(stepped, kKeys, largest<float>(top), reinterpret_cast<int8_t*>(planes + r * kKeys / 4),
-                            reinterpret_cast<int8_t*>(planes + (kRows + r) * kKeys / 4));
+        int8_t* planes_of_row[2] = {reinterpret_cast<int8_t*>(planes + r * kKeys / 4),
+                                    reinterpret_cast<int8_t*>(planes + (kRows + r) * kKeys / 4)};
+        unit[r] = to_planes(stepped, kKeys, largest<float>(top), planes_of_row);
       }
       for (int64_t plane = 0; plane < 2; ++plane)
         product<Bytes, false>(num_rows, columns, kKeys / 4, planes + plane * kRows * kKeys / 4, kKeys / 4,
@@ -503,25 +512,31 @@ class CodeTile {
     return Number<Lanes<float>>::fma(x, y, z);
   }
 
-  // x / unit, rounded, as 128 * high + low, both in one signed byte; returns unit. NaN where x is not finite.
-  template <class T>
-  static float to_planes(const T* x, int64_t n, float top, int8_t* high, int8_t* low) {
-    constexpr float kMost = 16000;
+  // x / unit, rounded, as digits to the base of 128 in signed bytes, the highest first; returns unit. NaN where x is
+  // not finite.
+  template <class T, int kPlanes>
+  static float to_planes(const T* x, int64_t n, float top, int8_t* (&planes)[kPlanes]) {
+    constexpr float kMost = kPlanes == 3 ? 125.0f * 16384 : 125.0f * 128;
     const float unit = top / kMost;
     const float inverse = top > 1e-30f ? kMost / top : 0.0f;  // less is nothing beside a weight of 1
     LaneBits<float> broken = {};
     for (int64_t i = 0; i < n; i += 16) {
       const Lanes<float> value = load_lanes(x + i);
       broken |= (LaneBits<float>)(value != value);
-      const __m512i whole = _mm512_cvtps_epi32((__m512)(value * inverse));
-      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(upper));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i),
-                       _mm512_cvtepi32_epi8(_mm512_sub_epi32(whole, _mm512_slli_epi32(upper, 7))));
+      __m512i rest = _mm512_cvtps_epi32((__m512)(value * inverse));
+#pragma GCC unroll 2
+      for (int plane = 0; plane + 1 < kPlanes; ++plane) {
+        const int shift = 7 * (kPlanes - 1 - plane);
+        const __m512i digit = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(1 << (shift - 1))), shift);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(planes[plane] + i), _mm512_cvtepi32_epi8(digit));
+        rest = _mm512_sub_epi32(rest, _mm512_slli_epi32(digit, shift));
+      }
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(planes[kPlanes - 1] + i), _mm512_cvtepi32_epi8(rest));
     }
     return any_bit(broken) || !(top < kInf<float>) ? kInf<float> - kInf<float> : unit;
   }
 
+  // 128 * high + low: below 2^31 for up to 256 channels or 64 keys.
   static Lanes<float> joined(const int32_t* high, const int32_t* low) {
     const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_loadu_si512(high), 7), _mm512_loadu_si512(low));
     return (Lanes<float>)_mm512_cvtepi32_ps(sum);

@@ -25,7 +25,8 @@ void check_heads(const char* op, const KVPages& pages, int64_t num_q_heads) {
 }
 
 void check_softcap(const char* op, double softcap, double scale) {
-  FD_CHECK_ARG(softcap >= 0 && softcap < 1e30, op, ": softcap: expected 0 (off) or more, got ", softcap);
+  FD_CHECK_ARG(softcap == 0 || (softcap > 1e-30 && softcap < 1e30), op,
+               ": softcap: expected 0 (off), or more than 1e-30 and less than 1e30, got ", softcap);
   FD_CHECK_ARG(scale > -1e30 && scale < 1e30, op, ": scale: expected a finite number, got ", scale);
 }
 
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, FD_PAGES_PAR
   FD_CHECK_ARG(!tree_mask || tree_mask->is_contiguous(), op,
                ": tree_mask: expected a contiguous tensor, got a strided one");
   FD_CHECK_ARG(causal || !tree_mask, op, ": causal: expected True beside a tree_mask, got False");
-  FD_CHECK_ARG(window >= 0, op, ": window: expected 0 (off) or more, got ", window);
+  FD_CHECK_ARG(window >= 0 && window < int64_t{1} << 31, op, ": window: expected 0 (off) to 2^31 - 1, got ", window);
   check_softcap(op, softcap, scale);
 
   Tensor out = output(q, {batch, slots, heads, head_dim}, q.scalar_type());

@@ -9,6 +9,7 @@ attention that reads the codes themselves use `fastdecode.load_model(path, kv_ca
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import ops
 from ._host import KVScheme, Status
 from .ops import KVPages
-from .ops._arguments import number_of
+from .ops.kv_pages import default_group, parse_scheme
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
@@ -39,13 +40,15 @@ class KVCache(Cache):
         scheme: a name or member of `fastdecode.KVScheme`: "int8", "int4", "fp8_e4m3", "fp8_e5m2", "kivi4", "kivi2", or
             "plain" (the model's dtype).
         group: channels per scale (for keys of kivi tokens per scale), a divisor of the head size. None: the head size,
-            for kivi 32 or the head size.
+            for kivi the largest divisor up to 32 that fits.
         block: kivi: tokens that are coded at once; the newest, fewer than this, stay as they are. A multiple of group.
 
     Every scheme but kivi codes a token when it comes, and all queries see it coded, in a prompt as in decoding. Kivi
-    codes `block` tokens when the last of them has come: a query at position t sees the first block * (t // block)
-    coded; those of one call see each other as they are, so long prompts attend to plain keys (as in the paper).
-    Values that are not finite are stored as the scheme says and set `status`.
+    codes `block` tokens when the last of them has come. The model's attention takes one set of keys for all queries of
+    a call: blocks that were complete before the call are coded, everything newer is as it was. So a prompt attends to
+    plain keys (as in the paper), and a call of several tokens that completes a block differs from as many calls of one;
+    `load_model(path, kv_cache="kivi4")` has no such difference. Values that are not finite are stored as the scheme
+    says and set `status`.
 
     Raises:
         ValueError: an unknown scheme, sizes that do not fit; when a layer first writes, a head size that does not.
@@ -54,11 +57,11 @@ class KVCache(Cache):
 
     def __init__(self, scheme: str | KVScheme = "int4", *, group: int | None = None, block: int = 128) -> None:
         where = "hf.KVCache"
-        self.scheme = KVScheme(number_of(where, "scheme", scheme, KVScheme))
+        self.scheme = parse_scheme(where, scheme)
         if group is not None and group < 1:
             raise ValueError(f"{where}: group: expected at least 1, got {group}")
-        if block < 1:
-            raise ValueError(f"{where}: block: expected at least 1, got {block}")
+        if not isinstance(block, int) or block < 1:
+            raise ValueError(f"{where}: block: expected an int of at least 1, got {block!r}")
         super().__init__(layer_class_to_replicate=lambda: _Layer(self.scheme, group, block))  # type: ignore[arg-type]
 
     @property
@@ -106,7 +109,8 @@ class _Layer(CacheLayerMixin):
             )
         self.dtype, self.device, self.batch = key_states.dtype, key_states.device, batch
         kivi = self.scheme in (KVScheme.KIVI4, KVScheme.KIVI2)
-        group = (min(32, size) if kivi else size) if self.group is None else self.group
+        page = math.gcd(_PAGE, self.block) if kivi else _PAGE
+        group = default_group(self.scheme, size, page) if self.group is None else self.group
         if kivi and self.block % group:
             raise ValueError(f"hf.KVCache: block: expected a multiple of the token group {group}, got {self.block}")
         self.pages = KVPages.allocate(
@@ -148,6 +152,10 @@ class _Layer(CacheLayerMixin):
         """Store [B, H, n, D] and return all keys and values, [B, H, length, D], as a query of this step sees them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch:
+            raise ValueError(
+                f"hf.KVCache: key_states: expected batch {self.batch}, as before, got {key_states.shape[0]}"
+            )
         if not self.pages.has_ring:
             self._append(key_states, value_states, 0, key_states.shape[2])
             self.coded = self.length
@@ -228,16 +236,14 @@ class _Layer(CacheLayerMixin):
     # -- rows and length -----------------------------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest -tokens_to_remove tokens (transformers 5: never positive)."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"hf.KVCache.crop: tokens_to_remove: expected at most 0, got {tokens_to_remove}")
-        left = max(0, self.length + tokens_to_remove)
+        """Forget the newest -tokens_to_remove tokens; a positive number is the length to keep, as in transformers 4."""
+        left = min(tokens_to_remove, self.length) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
         if not self.is_initialized or left == self.length:
             return
         if self.pages.has_ring and left < self.coded:
             raise ValueError(
-                f"hf.KVCache.crop: tokens_to_remove: expected at most {self.length - self.coded} of {self.length} "
-                f"tokens, because those before are coded in blocks of {self.block}, got {-tokens_to_remove}"
+                f"hf.KVCache.crop: tokens_to_remove: expected to keep at least {self.coded} of {self.length} "
+                f"tokens, which are coded in blocks of {self.block}, got {left}"
             )
         self.length = left
         if not self.pages.has_ring:

@@ -112,9 +112,23 @@ def test_crop_takes_back(scheme):
 def test_crop_into_coded_blocks_is_refused_and_changes_nothing():
     model, cache = build("llama"), make("kivi4")
     logits(model, prompt(1, 21), cache, [21])
-    with raises(r"^hf.KVCache.crop: tokens_to_remove: expected at most 5 of 21 tokens, because .* blocks of 8, got 6"):
-        cache.crop(-6)
-    assert cache.get_seq_length() == 21
+    for remove in (-6, 15):  # from the end, and transformers 4's length
+        with raises(r"^hf.KVCache.crop: tokens_to_remove: expected to keep at least 16 of 21 tokens, .* of 8, got 15"):
+            cache.crop(remove)
+        assert cache.get_seq_length() == 21
+    cache.crop(19)
+    assert cache.get_seq_length() == 19
+
+
+def test_a_call_over_a_block_boundary_reads_what_was_coded_before_it():
+    """As the docstring says: like a call that ends at the boundary for the keys before it, plain keys for the rest."""
+    model, ids = build("llama"), prompt(1, 16)
+    steps = logits(model, ids, make("kivi2"), [1] * 16)
+    crossing = logits(model, ids, make("kivi2"), [1] * 6 + [5] + [1] * 5)
+    torch.testing.assert_close(crossing[:, :8], steps[:, :8], rtol=1e-9, atol=1e-9)
+    assert (crossing[:, 8:11] - steps[:, 8:11]).abs().max() > 0.1, "tokens 0 to 7 were plain for them"
+    plain = logits(model, ids[:, :11], DynamicCache(), [11])
+    torch.testing.assert_close(crossing[:, :11], plain[:, :11], rtol=1e-9, atol=1e-9)
 
 
 def test_status_tells_of_infinity():
@@ -128,7 +142,7 @@ def test_status_tells_of_infinity():
 def test_bad_arguments():
     with raises(r"^hf.KVCache: scheme: expected one of .*, got 'int3'"):
         KVCache("int3")
-    with raises(r"^hf.KVCache: block: expected at least 1, got 0"):
+    with raises(r"^hf.KVCache: block: expected an int of at least 1, got 0"):
         KVCache("kivi4", block=0)
     with raises(r"^hf.KVCache: block: expected a multiple of the token group 8, got 12"):
         KVCache("kivi4", group=8, block=12).update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)

@@ -534,8 +534,30 @@ def test_messages(ops):
     wrong(r"k_tail: expected rings for 3 requests", kivi, pages=make(scheme="kivi4", lens=(20,)).pages)
     wrong(r"tree_mask: expected \[3, 3, 1\], got \[3, 3, 2\]", tree_mask=torch.zeros(3, 3, 2, dtype=I32))
     wrong("causal: expected True beside a tree_mask", tree_mask=torch.zeros(3, 3, 1, dtype=I32), causal=False)
-    wrong("window: expected at least 1 or None, got 0", window=0)
+    wrong("window: expected an int of at least 1 or None, got 0", window=0)
     wrong("softcap: expected more than 0 or None, got -1", softcap=-1.0)
     wrong("scale: expected a finite number, got inf", scale=float("inf"))
     empty = KVPages(pages.k, pages.v, scheme=KVScheme.INT8, group=32, head_dim=32)
     wrong("k_scale: expected a tensor for this scheme, got None", pages=empty)
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("largest", [30.0, 2000.0, 60000.0])
+def test_one_channel_of_a_query_may_dominate(ops, scheme, largest):
+    """Where keys are 0 it decides nothing: all others must keep their precision beside it."""
+    g = generator(77)
+    k, v = torch.randn(40, 2, 64, generator=g), torch.randn(40, 2, 64, generator=g)
+    k[..., 0] = 0
+    options = {"dtype": torch.bfloat16} if scheme == "plain" else {}
+    pages = ops.KVPages.allocate(2, 32, 2, 64, scheme=scheme, **options)
+    ops.kv_append_(k, v, torch.arange(40), pages)
+    table, lens = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
+    q = torch.randn(1, 1, 4, 64, generator=g)
+    q[..., 0] = largest
+    q = q.bfloat16()
+    out = ops.paged_attention(q, pages, table, lens).out[0, 0].double()
+    cached = ops.kv_dequant(pages, table, lens, length=40, dtype=torch.float64)
+    keys, values = (x[0].repeat_interleave(2, 1) for x in (cached.k, cached.v))
+    weights = (torch.einsum("hd,thd->ht", q[0, 0].double(), keys) / 8).softmax(-1)
+    want = torch.einsum("ht,thd->hd", weights, values)
+    assert (out - want).norm() < 2.0**-7 * want.norm()

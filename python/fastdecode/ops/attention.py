@@ -163,6 +163,8 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Merged:
         ValueError: wrong number, rank, shape, dtype, layout or device.
     Source: Dao et al. 2023 (Flash-Decoding). Reference: fastdecode.testing.reference.attention.
     """
+    if not outs:  # an op without a tensor has no device
+        raise ValueError("merge_states: outs: expected 1 to 16 tensors, got 0")
     return Merged(*torch.ops.fastdecode.merge_states.default(list(outs), list(lses)))
 
 
@@ -182,8 +184,8 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 def _check_window(op: str, window: int | None) -> None:
-    if window is not None and window <= 0:
-        raise ValueError(f"{op}: window: expected at least 1 or None, got {window}")
+    if window is not None and (not isinstance(window, int) or window <= 0):
+        raise ValueError(f"{op}: window: expected an int of at least 1 or None, got {window!r}")
 
 
 def _check_softcap(op: str, softcap: float | None) -> None:
