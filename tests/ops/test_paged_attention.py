@@ -560,4 +560,6 @@ def test_one_channel_of_a_query_may_dominate(ops, scheme, largest):
     keys, values = (x[0].repeat_interleave(2, 1) for x in (cached.k, cached.v))
     weights = (torch.einsum("hd,thd->ht", q[0, 0].double(), keys) / 8).softmax(-1)
     want = torch.einsum("ht,thd->hd", weights, values)
-    assert (out - want).norm() < 2.0**-7 * want.norm()
+    rounded = [x.transpose(0, 1).bfloat16() for x in (keys, values)]
+    peer = torch.nn.functional.scaled_dot_product_attention(q[0].transpose(0, 1), *rounded)[:, 0].double()
+    assert (out - want).norm() < max(2.0**-8 * want.norm(), 2 * (peer - want).norm())
