@@ -200,6 +200,22 @@ def test_grouped_heads_are_repeated_heads(name):
     assert torch.allclose(*logits, rtol=0, atol=1e-11)
 
 
+def test_a_shared_page_that_a_row_no_longer_fills():
+    """Prefix attention has no mask: a row cut back into a shared page must not read the rest of it."""
+    ids, more = tokens(1, 24), tokens(3, 3, seed=2)
+    logits = []
+    for shared in (True, False):
+        ours = model().with_kv_cache(KVCacheConfig(page_size=8, prefix_attention=shared))
+        first, _ = read(ours, ids)
+        cache = first.fork([0, 0, 0])
+        ours.forward(more, cache=cache)
+        cache.keep(None, [0, 0, 0])
+        cache.truncate([24, 24, 20])
+        assert cache.tables[2] == cache.tables[0]
+        logits.append(ours.forward(more[:, :1], cache=cache).logits)
+    assert torch.allclose(*logits, rtol=0, atol=1e-11)
+
+
 # --- trees ------------------------------------------------------------------------------------------------------------
 
 

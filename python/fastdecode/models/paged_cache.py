@@ -511,10 +511,8 @@ class PagedKVCache(Rows):
             ends = [length // self._window * self._window for length in lens]
             for row, (end, length) in enumerate(zip(ends, lens)):
                 self._check_ring("KVCache.truncate: lens", row, end, length)
-            self._coded = [min(have, end) for have, end in zip(self._coded, ends)]
         for row, length in enumerate(lens):
             self._trim(row, length)
-        self._shared = None  # a page that was whole may not be any longer
 
     def _take(self, rows: list[int], *, forked: bool) -> None:
         tables = [list(self._tables[row]) for row in rows]
