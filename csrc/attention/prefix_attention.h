@@ -18,8 +18,9 @@ struct PrefixAttentionArgs {
   const int32_t* prefix_lens;  // [num_groups], 0..max_pages * page_size
   void* out;                   // [num_rows, num_q_heads, head_dim] of `dtype`, written, contiguous
   void* lse;                   // [num_rows, num_q_heads] float, double for double q, written; natural log
-  int32_t* status;             // [num_groups], written: 32 bad length, 64 page outside the cache: out 0, lse -inf
-  void* scratch;               // prefix_attention_scratch_bytes
+  int32_t* status;  // [num_groups], written: 32 bad length (all groups where starts do not rise), 64 page outside the
+                    // cache: out 0, lse -inf
+  void* scratch;    // prefix_attention_scratch_bytes
   int64_t num_rows, num_groups, num_q_heads, max_pages, page_table_stride;
   int64_t q_row_stride, q_head_stride;
   double scale, softcap;

@@ -98,6 +98,9 @@ inline Sequence sequence_of(const AttendArgs& a, int64_t b) {
 }
 
 inline int32_t check(const AttendArgs& a, int64_t b) {
+  // Where starts do not rise, groups may share rows: none can be trusted.
+  for (int64_t g = 0; a.group_start && g < a.batch; ++g)
+    if (a.group_start[g + 1] < a.group_start[g]) return kStatusBadLength;
   const Sequence s = sequence_of(a, b);
   if (s.num_nodes < 0) return kStatusBadLength;
   if (a.group_start ? s.first_row < 0 || s.first_row + s.num_nodes > a.num_rows

@@ -127,6 +127,7 @@ def test_bad_starts_lengths_and_pages(ops):
     for starts, status in (
         ([-1, 3, 5, 8], [32, 0, 0]),
         ([1, 3, 5, 10], [0, 0, 32]),
+        ([3, 5, 2, 6], [32, 32, 32]),  # rows 3 and 4 would belong to two groups
     ):
         got = call(ops.prefix_attention, inputs, group_start=torch.tensor(starts, dtype=I32))
         assert got.status.tolist() == status

@@ -189,9 +189,10 @@ def prefix_attention(
     status = np.zeros(groups, np.int32)
     queries = q.double().numpy().astype(np.longdouble)
     per_key = heads // pages.num_kv_heads
+    rising = bool((group_start[1:] >= group_start[:-1]).all())  # else groups may share rows
     for g in range(groups):
         first, end, length = int(group_start[g]), int(group_start[g + 1]), int(prefix_lens[g])
-        if not (0 <= first <= end <= rows and 0 <= length <= page_table.shape[1] * pages.page_size):
+        if not (rising and 0 <= first <= end <= rows and 0 <= length <= page_table.shape[1] * pages.page_size):
             status[g] = Status.BAD_LENGTH
             continue
         ids = page_table[g, : -(-length // pages.page_size)]
