@@ -562,7 +562,8 @@ def table_of(draw: Draw, pages: KVPages, batch: int) -> Tensor:
 
 
 def kv_append_(draw: Draw) -> dict[str, Any]:
-    pages, dtype, tokens = cache(draw, SCHEMES), draw.one(DTYPES), draw.integer(0, 20)
+    heads = {"heads": 11} if draw.chance(0.3) else {}  # more of k and v than a block has warps
+    pages, dtype, tokens = cache(draw, SCHEMES, **heads), draw.one(DTYPES), draw.integer(0, 20)
     seed = draw.integer(0, 2**31)
 
     def rows(heads: int, i: int) -> Tensor:
@@ -599,9 +600,9 @@ def kv_flush_(draw: Draw) -> dict[str, Any]:
     return {"pages": pages, "page_table": table, "begin": begin, "end": end}
 
 
-def kv_dequant(draw: Draw) -> dict[str, Any]:
+def kv_dequant(draw: Draw, **sizes: Any) -> dict[str, Any]:
     batch = draw.integer(0, 5)
-    pages = cache(draw, SCHEMES, batch=batch)
+    pages = cache(draw, SCHEMES, batch=batch, **sizes)
     table = table_of(draw, pages, batch)
     length = table.shape[1] * pages.page_size
     given = {"pages": pages, "page_table": table, "dtype": draw.one(DTYPES)}
@@ -614,7 +615,9 @@ def kv_dequant(draw: Draw) -> dict[str, Any]:
 
 
 def kv_report(draw: Draw) -> dict[str, Any]:
-    given = kv_dequant(draw)
+    # Now and then more tokens than a block takes in one round.
+    long = {"page_size": 288, "head_dim": 16, "heads": 1}
+    given = kv_dequant(draw, **(long if draw.chance(0.3) else {}))
     pages, table, lens = given["pages"], given["page_table"], given["kv_lens"]
     length = given.get("length", table.shape[1] * pages.page_size)
     shape, dtype = (len(lens), length, pages.num_kv_heads, pages.head_dim), draw.one(DTYPES)

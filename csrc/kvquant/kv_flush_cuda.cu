@@ -67,12 +67,12 @@ __global__ void __launch_bounds__(kFlushThreads, 1) flush_kernel(KVFlushArgs a) 
   for (int64_t i = warp_id(); i < p.group; i += kFlushWarps) {
     const T* x = static_cast<const T*>(p.v.tail) + tail_at(p.v, b, (first + i) % p.tail_size, head);
     for (int d = lane_id(); d < head_dim; d += kWarp) row[d] = load(x[d]);
-    __syncwarp();  // the row is there
+    __syncwarp();  // the row is there, and the codes of the one before are read; warp_encode_ints waits after it read
+                   // it
     const int64_t offset = (first + i) % p.page_size;
     status |= warp_encode_ints(row, head_dim, static_cast<int>(p.group), code_bits(p.scheme), codes,
                                static_cast<uint8_t*>(p.v.data) + token_at(p.v, page, offset, head),
                                static_cast<Half*>(p.v.scale) + scale_at(p.v, page, offset, head));
-    __syncwarp();  // row and codes are read, the next may come
   }
   if (status) atomicOr(a.status + b, status);
 }

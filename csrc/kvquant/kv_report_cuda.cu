@@ -12,7 +12,7 @@ struct Errors {
   double squares, values, largest;
 };
 struct ReportShared {
-  Errors of_warp[kWarps];
+  Errors of_warp[2][kWarps];  // of this round and of the one before, which the first thread may still read
 };
 
 __global__ void __launch_bounds__(kThreads) report_status_kernel(KVReportArgs a) {
@@ -60,16 +60,17 @@ __global__ void __launch_bounds__(kThreads, 1) report_kernel(KVReportArgs a) {
     constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
     sum = {kNone, kNone, kNone};
   } else {
-    for (int64_t first = 0; first < a.kv_lens[b]; first += kWarps * kReportTile) {
+    int round = 0;
+    for (int64_t first = 0; first < a.kv_lens[b]; first += kWarps * kReportTile, round ^= 1) {
       const Errors tile = warp_tile<T>(a, r < rows, b, head, first + warp_id() * kReportTile);
-      if (lane_id() == 0) shared.of_warp[warp_id()] = tile;
-      __syncthreads();  // all tiles are there
+      Errors(&of_warp)[kWarps] = shared.of_warp[round];
+      if (lane_id() == 0) of_warp[warp_id()] = tile;
+      __syncthreads();  // all tiles are there, and those of the round before are added
       for (int w = 0; threadIdx.x == 0 && w < kWarps; ++w) {
-        sum.squares += shared.of_warp[w].squares;
-        sum.values += shared.of_warp[w].values;
-        sum.largest = larger_or_nan(sum.largest, shared.of_warp[w].largest);
+        sum.squares += of_warp[w].squares;
+        sum.values += of_warp[w].values;
+        sum.largest = larger_or_nan(sum.largest, of_warp[w].largest);
       }
-      __syncthreads();  // added, the next may come
     }
   }
   if (threadIdx.x != 0) return;
