@@ -230,6 +230,7 @@ void for_each_task(const Exec& ex, int64_t threads, int64_t count, const Body& b
 }
 
 void write_nothing(const AttendArgs& a, int64_t row, int64_t count) {
+  if (count == 0) return;
   const int64_t heads = count * a.num_q_heads, at = row * a.num_q_heads,
                 width = a.pages.head_dim * element_size(a.dtype);
   std::memset(static_cast<std::byte*>(a.out) + at * width, 0, heads * width);

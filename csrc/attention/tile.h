@@ -74,6 +74,27 @@ struct Rows {
   }
 };
 
+// Rows of one head of a store, found by one addition within a page.
+struct RowFinder {
+  const std::byte *data, *page_data = nullptr;
+  int64_t page_bytes, token_bytes, page = -1;
+
+  RowFinder(const void* data_, int64_t size, int64_t page_stride, int64_t token_stride, int64_t head_offset)
+      : data(static_cast<const std::byte*>(data_) + size * head_offset),
+        page_bytes(size * page_stride),
+        token_bytes(size * token_stride) {}
+  static RowFinder codes(const KVStore& s, int64_t size, int64_t head) {
+    return {s.data, size, s.page_stride, s.token_stride, head * s.head_stride};
+  }
+  static RowFinder scales(const KVStore& s, int64_t size, int64_t head) {
+    return {s.scale, size, s.scale_page_stride, s.scale_token_stride, head * s.scale_head_stride};
+  }
+  FD_INLINE const std::byte* operator()(int64_t page_, int64_t offset) {
+    if (page_ != page) page = page_, page_data = data + page * page_bytes;
+    return page_data + offset * token_bytes;
+  }
+};
+
 FD_INLINE void fetch(const void* row, int64_t byte) { _mm_prefetch(static_cast<const char*>(row) + byte, _MM_HINT_T1); }
 
 // to [i * kKeys + key] = row `key` [i] for 16 keys and i < n.
@@ -195,12 +216,11 @@ class NumberTile {
 #if FD_CPU_LEVEL >= 4
   void load_as_it_is(const Block& block, int64_t first, uint64_t any) {
     const KVPages& p = a.pages;
-    const auto* k_data = static_cast<const C*>(p.k.data);
-    const auto* v_data = static_cast<const C*>(p.v.data);
+    RowFinder k_row = RowFinder::codes(p.k, 4, block.kv_head), v_row = RowFinder::codes(p.v, 4, block.kv_head);
     const Rows from(p, block.s, first, any, nothing,
                     [&](int64_t, int64_t page, int64_t offset, const std::byte*& k, const std::byte*& v) {
-                      k = reinterpret_cast<const std::byte*>(k_data + token_at(p.k, page, offset, block.kv_head));
-                      v = reinterpret_cast<const std::byte*>(v_data + token_at(p.v, page, offset, block.kv_head));
+                      k = k_row(page, offset);
+                      v = v_row(page, offset);
                     });
     for (int64_t low = 0; low < kKeys; low += 16) transpose(from.k + low, D, reinterpret_cast<uint32_t*>(keys) + low);
     for (int64_t key = 0; key < kKeys; ++key)
@@ -249,13 +269,12 @@ class PairTile {
     const KVPages& p = a.pages;
     const bool by_channel = !ring && is_kivi(p.scheme);
     const bool direct = !ring && p.scheme == kKVPlain && p.dtype == DType::kBFloat16;
-    const auto* k_data = static_cast<const std::byte*>(p.k.data);
-    const auto* v_data = static_cast<const std::byte*>(p.v.data);
+    RowFinder k_row = RowFinder::codes(p.k, 2, block.kv_head), v_row = RowFinder::codes(p.v, 2, block.kv_head);
     Rows rows(p, block.s, first, direct ? any : 0, nothing,
               [&](int64_t, int64_t page, int64_t offset, const std::byte*& k, const std::byte*& v) {
                 if (!direct) return;
-                k = k_data + 2 * token_at(p.k, page, offset, block.kv_head);
-                v = v_data + 2 * token_at(p.v, page, offset, block.kv_head);
+                k = k_row(page, offset);
+                v = v_row(page, offset);
               });
     for (int64_t key = 0; key < kKeys && !direct; ++key) {
       if (!(any >> key & 1)) continue;
@@ -391,24 +410,23 @@ class CodeTile {
 
   void load(const Block& block, bool, int64_t first, uint64_t any) {
     const KVPages& p = a.pages;
-    const auto* k_data = static_cast<const std::byte*>(p.k.data);
-    const auto* v_data = static_cast<const std::byte*>(p.v.data);
     if (~any) std::memset(raw, 0, 2 * groups * kKeys * 4);
-    Rows rows(p, block.s, first, any, nothing,
-              [&](int64_t i, int64_t page, int64_t offset, const std::byte*& k_row, const std::byte*& v_row) {
-                k_row = k_data + token_at(p.k, page, offset, block.kv_head);
-                v_row = v_data + token_at(p.v, page, offset, block.kv_head);
-                const auto* k = static_cast<const Half*>(p.k.scale) + scale_at(p.k, page, offset, block.kv_head);
-                const auto* v = static_cast<const Half*>(p.v.scale) + scale_at(p.v, page, offset, block.kv_head);
-                if (i >= kKeys) {
-                  if (i % 8 == 0) fetch(k, 0), fetch(v, 0);
-                  return;
-                }
-                for (int64_t g = 0; g < groups; ++g) {
-                  std::memcpy(raw + g * kKeys + i, k + 2 * g, 4);
-                  std::memcpy(raw + (groups + g) * kKeys + i, v + 2 * g, 4);
-                }
-              });
+    RowFinder k_row = RowFinder::codes(p.k, 1, block.kv_head), v_row = RowFinder::codes(p.v, 1, block.kv_head);
+    RowFinder k_scale = RowFinder::scales(p.k, 2, block.kv_head), v_scale = RowFinder::scales(p.v, 2, block.kv_head);
+    const Rows rows(p, block.s, first, any, nothing,
+                    [&](int64_t i, int64_t page, int64_t offset, const std::byte*& k, const std::byte*& v) {
+                      k = k_row(page, offset);
+                      v = v_row(page, offset);
+                      if (i >= kKeys) {
+                        if (i % 8 == 0) fetch(k_scale(page, offset), 0), fetch(v_scale(page, offset), 0);
+                        return;
+                      }
+                      const std::byte *k_grid = k_scale(page, offset), *v_grid = v_scale(page, offset);
+                      for (int64_t g = 0; g < groups; ++g) {
+                        std::memcpy(raw + g * kKeys + i, k_grid + 4 * g, 4);
+                        std::memcpy(raw + (groups + g) * kKeys + i, v_grid + 4 * g, 4);
+                      }
+                    });
     for (int64_t i = 0; i < 2 * groups * kKeys; i += 16) {  // step in the low half, offset in the high one
       const __m512i both = _mm512_loadu_si512(raw + i);
       float* to = scales + i / kKeys * 2 * kKeys + i % kKeys;

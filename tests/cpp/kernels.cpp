@@ -879,7 +879,11 @@ Bytes run_attention(const Case& c, const Exec& exec) {
       for (int64_t i = 0; i < bytes / size_of(dtype); ++i) put(made, i, dtype, i % 7 ? low * (i % 5) : high);
       return made;
     };
-    auto keep = [&](const Bytes& made) { return std::memcpy(cache.add_bytes(made.size()), made.data(), made.size()); };
+    auto keep = [&](const Bytes& made) {
+      void* to = cache.add_bytes(made.size());
+      if (!made.empty()) std::memcpy(to, made.data(), made.size());
+      return to;
+    };
     const bool fp8 = scheme == kKVFp8E4M3 || scheme == kKVFp8E5M2;
     Bytes codes(sizes.data);
     for (int64_t i = 0; i < sizes.data; ++i) codes[i] = static_cast<std::byte>(fp8 ? i * 7 % 96 : i * 89 % 251);
