@@ -153,14 +153,20 @@ FD_ROW int32_t encode_int_rows(const IntRow<C>* rows, int64_t count, int64_t n, 
   if (count > 1 && count * groups > kGroups)
     return encode_int_rows<kBits>(rows, count / 2, n, group) |
            encode_int_rows<kBits>(rows + count / 2, count - count / 2, n, group);
-  Range<C> ranges[kMaxHeadDim];
   GroupCode<C> codes[kMaxHeadDim];
+  constexpr int kLevels = (1 << kBits) - 1;
   int32_t status = 0;
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t g = 0; g < groups; ++g) ranges[r * groups + g] = range_of(rows[r].x + g * group, group);
-  for (int64_t r = 0; r < count; ++r)
+  if (count * groups <= kGroups) {
+    Range<C> ranges[kGroups];
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t g = 0; g < groups; ++g) ranges[r * groups + g] = range_of(rows[r].x + g * group, group);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t g = 0; g < groups; ++g)
+        codes[r * groups + g] = code_group(ranges[r * groups + g], kLevels, rows[r].scale + 2 * g, status);
+  } else {
     for (int64_t g = 0; g < groups; ++g)
-      codes[r * groups + g] = code_group(ranges[r * groups + g], (1 << kBits) - 1, rows[r].scale + 2 * g, status);
+      codes[g] = code_group(range_of(rows->x + g * group, group), kLevels, rows->scale + 2 * g, status);
+  }
   const bool vectors = group % kWide == 0 && n * kBits / 8 % kWide == 0;
   for (int64_t r = 0; r < count; ++r) {
     const GroupCode<C>* own = codes + r * groups;
