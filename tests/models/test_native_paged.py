@@ -252,13 +252,12 @@ def test_a_node_sees_its_own_path(name, window, data):
         while path[0]:
             path.insert(0, int(parents[row, path[0]]))
         paths.append(path)
-        alone, text = ours.new_cache(1, 40), torch.cat((ids[row, : lens[row]], nodes[row, path]))
+        alone = ours.new_cache(1, 40)
         if lens[row]:
             ours.forward(ids[row : row + 1, : lens[row]], cache=alone)
             alone.keep(None, [lens[row]])
         expected = ours.forward(nodes[row : row + 1, path], cache=alone).logits
         assert torch.allclose(logits[row, path], expected[0], rtol=0, atol=1e-11)
-        assert len(text) == lens[row] + len(path)
     width = max(map(len, paths))
     cache.keep(torch.tensor([p + [0] * (width - len(p)) for p in paths]), [len(p) for p in paths])
     for row, path in enumerate(paths):
@@ -312,6 +311,65 @@ def test_exact_prefill(name):
     # strict prefill reads codes, so the second layer's keys are others
     assert not torch.equal(caches[0].dequantise()[0][1], caches[1].dequantise()[0][1])
     assert torch.equal(caches[0].dequantise()[0][0], caches[1].dequantise()[0][0])
+
+
+@pytest.mark.parametrize("name", ["int4", "kivi2"])
+def test_exact_prefill_goes_by_the_row(name):
+    """A row's first pass is that of plain pages, whatever is asked for and whatever the other rows hold."""
+    config = CONFIGS[name]
+    exact = KVCacheConfig(config.scheme, group=config.group, prefill="exact", **SMALL)
+    ids, more = tokens(3, 60), tokens(3, 200, seed=2)
+    logits = []
+    for each in (exact, config, CONFIGS["plain"]):
+        ours = model().with_kv_cache(each)
+        cache = ours.new_cache(3, 60)
+        first = ours.forward(ids, cache=cache, num_tokens=[60, 0, 41]).logits
+        cache.keep(None, [60, 0, 0])
+        logits.append((first[0], first[2, :41], ours.forward(more, cache=cache, num_tokens=[30, 200, 7]).logits))
+    ours, strict, plain = logits
+    close = functools.partial(torch.allclose, rtol=0, atol=1e-11)
+    assert close(ours[0], plain[0]) and close(ours[1], plain[1]) and not close(ours[0], strict[0])
+    assert not close(ours[2][0, :30], plain[2][0, :30])  # the row that has text reads its codes
+    assert close(ours[2][1], plain[2][1]) and close(ours[2][2, :7], plain[2][2, :7])
+    assert not close(strict[2][1], plain[2][1])
+    alone = model().with_kv_cache(exact)
+    cache = alone.new_cache(1, 60)
+    alone.forward(ids[:1], cache=cache)
+    cache.keep(None, [60])
+    assert close(ours[2][0, :30], alone.forward(more[:1, :30], cache=cache).logits[0])
+
+
+@pytest.mark.parametrize("name", ["kivi4", "kivi2"])
+def test_a_block_that_is_never_full_codes_nothing(name):
+    """The ring alone is plain pages, bit for bit."""
+    kivi = KVCacheConfig(CONFIGS[name].scheme, group=8, page_size=8, flush_block=64)
+    ids, logits = tokens(2, 60), []
+    for config in (kivi, CONFIGS["plain"]):
+        ours = model().with_kv_cache(config)
+        cache, parts = read(ours, ids, [1, 30, 7, 1, 20])
+        parents = torch.tensor([[-1, 0, 0, 1]] * 2, dtype=torch.int32)
+        logits.append(torch.cat((parts, ours.forward(ids[:, :4], cache=cache, tree=parents).logits), 1))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "plain", "int4", "kivi2"])
+def test_a_refused_forward_changes_nothing(name):
+    ours = model().with_kv_cache(CONFIGS.get(name, name))
+    cache, ids = ours.new_cache(1, 8), tokens(1, 5)
+    ours.forward(ids[:, :3], cache=cache)
+    cache.keep(None, [3])
+    ours.forward(ids[:, 3:], cache=cache)
+    for positions in (torch.full((1, 4), -1), torch.full((1, 4), 640), torch.zeros(1, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="NativeModel.forward: positions: expected"):
+            ours.forward(tokens(1, 4, 9), cache=cache, positions=positions)
+    with pytest.raises(ValueError, match=r"KVCache.keep: num_keep: expected 0\.\.2, got 4"):
+        cache.keep(None, [4])
+    cache.keep(None, [2])
+    fresh = ours.new_cache(1, 8)
+    ours.forward(ids, cache=fresh)
+    fresh.keep(None, [5])
+    logits = [ours.forward(tokens(1, 1, 3), cache=each).logits for each in (cache, fresh)]
+    assert torch.allclose(*logits, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("inside", [True, False])

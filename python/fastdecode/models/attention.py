@@ -68,8 +68,7 @@ class ContiguousPass:
         model: NativeModel,
         cache: ContiguousKVCache,
         n: int,
-        positions: Tensor | None,
-        counts: list[int] | None,
+        positions: tuple[Tensor, int] | None,
     ) -> None:
         lens = cache.host_lens
         self.model, self.batch, self.n = model, len(lens), n
@@ -95,11 +94,11 @@ class ContiguousPass:
                     cache.k[:, row, :, length + n : total].zero_()
                     cache.v[:, row, :, length + n : total].zero_()
             self.calls = {window: mask.ragged(slots, total) for window, mask in model.masks.items()}
-        self.factors = self._rotation(positions, counts, before, equal)
+        self.factors = self._rotation(positions, before, equal)
         self.factors_k = self.factors.transpose(1, 2)
         self.factors_q = self.factors_k.unsqueeze(3)
 
-    def _rotation(self, positions: Tensor | None, counts: list[int] | None, before: int, equal: bool) -> Tensor:
+    def _rotation(self, positions: tuple[Tensor, int] | None, before: int, equal: bool) -> Tensor:
         """Complex [1 or B, n, 1, head_dim / 2]."""
         model, n = self.model, self.n
         if positions is None and equal:
@@ -107,8 +106,8 @@ class ContiguousPass:
         if positions is None:
             assert self.slots is not None
             return model.rope.upto(before + n)[self.slots[1]].unsqueeze(2)
-        positions, high = check_positions(positions, self.batch, n, counts, model.config.max_context)
-        return model.rope.upto(high + 1)[positions].unsqueeze(2)
+        places, high = positions
+        return model.rope.upto(high + 1)[places].unsqueeze(2)
 
     def attend(self, index: int, block: Block, qkv: Tensor) -> Tensor:
         """Store keys and values of a block; attention [B * n, num_q_heads * head_dim].
@@ -172,10 +171,11 @@ class PagedPass:
         first, last: which slots of the forward.
         positions: int64 [B, last - first] and the largest, or None for the places in the text.
         tree_mask: of `ops.tree_mask`, or None for a chain.
-        plain: an uncoded cache, staged alike, to attend to in place of `cache`, which is then only written.
+        plain: an uncoded cache, of whose rows those that are empty in `cache` are staged alike: they attend to it, and
+            `cache` is only written.
     """
 
-    __slots__ = ("_model", "_n", "_positions", "_rope", "_step", "_tree_mask", "_window_steps", "_written")
+    __slots__ = ("_first", "_model", "_n", "_plain", "_positions", "_rope", "_step", "_tree_mask")
 
     def __init__(
         self,
@@ -190,11 +190,14 @@ class PagedPass:
     ) -> None:
         self._model, self._n, self._tree_mask = model, last - first, tree_mask
         tree = tree_mask is not None
-        step = cache.step(first, last, tree=tree)
-        self._written: PagedStep | None = None
-        self._step = step
+        self._step = step = cache.step(first, last, tree=tree)
+        self._plain: PagedStep | None = None
+        self._first: Tensor | None = None  # [B, 1, 1, 1], rows that attend to plain pages; None: all
         if plain is not None:
-            self._written, self._step = step, plain.step(first, last, tree=tree)
+            self._plain = plain.step(first, last, tree=tree)
+            if any(cache.host_lens):
+                self._first = torch.tensor([not length for length in cache.host_lens], device=model.device)
+                self._first = self._first.view(-1, 1, 1, 1)
         if positions is None:
             places = [range(base, base + last - first) for base in step.base_lens]
             limit = model.config.max_context - 1  # padding may reach past it
@@ -207,7 +210,7 @@ class PagedPass:
 
     def attend(self, index: int, block: Block, qkv: Tensor) -> Tensor:
         """Store keys and values of a block; attention [B * n, num_q_heads * head_dim]."""
-        config, step = self._model.native_config, self._step
+        config = self._model.native_config
         dim, q_heads, kv_heads = config.head_dim, config.num_q_heads, config.num_kv_heads
         rotated = (q_heads + kv_heads) * dim
         rows, row = qkv.shape
@@ -218,10 +221,20 @@ class PagedPass:
             qk, row = self._model.rms_norm(heads, block.qk_norm), rotated
         q = qk.as_strided((rows, q_heads, dim), (row, dim, 1), 0)
         k = qk.as_strided((rows, kv_heads, dim), (row, dim, 1), q_heads * dim)
-        if self._written is not None:
-            self._append(self._written, index, k, v, None)
-        self._append(step, index, k, v, q)
+        self._append(self._step, index, k, v, q)  # rotates q
         queries = q.unflatten(0, (-1, self._n))
+        if self._plain is None:
+            out = self._read(self._step, index, block, queries)
+        else:
+            self._append(self._plain, index, k, v, None)
+            out = self._read(self._plain, index, block, queries)
+            if self._first is not None:
+                coded = self._read(self._step, index, block, queries)
+                out = torch.where(self._first, out.view_as(queries), coded.view_as(queries))
+        return out.view(rows, q_heads * dim)
+
+    def _read(self, step: PagedStep, index: int, block: Block, queries: Tensor) -> Tensor:
+        """Attention to the pages of a step."""
         shared = step.prefixes if block.window is None else None
         own = ops.paged_attention(
             queries,
@@ -234,8 +247,7 @@ class PagedPass:
             tree_mask=self._tree_mask,
             window=block.window,
         )
-        out = own.out if shared is None else _with_prefixes(queries, step.layers[index], shared, own)
-        return out.view(rows, q_heads * dim)
+        return own.out if shared is None else _with_prefixes(queries, step.layers[index], shared, own)
 
     def _append(self, step: PagedStep, index: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
         pages = step.layers[index]

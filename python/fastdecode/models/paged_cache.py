@@ -55,7 +55,8 @@ class KVCacheConfig:
         page_size: tokens per page.
         flush_block: W, tokens that kivi codes at a time, a multiple of the page size.
         prefill: "strict": a prompt is read as everything else, so a cache does not depend on how its text came in.
-            "exact": an empty cache's first pass attends to plain keys and values, as if it had been coded afterwards.
+            "exact": an empty row's first pass attends to plain keys and values, as if it had been coded afterwards; so
+            one token more in that pass is not one more pass.
         prefix_attention: read pages that several rows share once for all of them (Hydragen, Juravsky et al. 2024).
             Not for kivi: where a token lies in a ring goes by its place in the whole text.
     Raises:
