@@ -360,7 +360,7 @@ def test_a_refused_forward_changes_nothing(name):
     cache.keep(None, [3])
     ours.forward(ids[:, 3:], cache=cache)
     for positions in (torch.full((1, 4), -1), torch.full((1, 4), 640), torch.zeros(1, 3, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="NativeModel.forward: positions: expected"):
+        with pytest.raises(ValueError, match=r"NativeModel\.forward: positions: expected"):
             ours.forward(tokens(1, 4, 9), cache=cache, positions=positions)
     with pytest.raises(ValueError, match=r"KVCache.keep: num_keep: expected 0\.\.2, got 4"):
         cache.keep(None, [4])
