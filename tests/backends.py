@@ -30,7 +30,7 @@ Send = Callable[..., Any]  # (op, *its arguments) -> what the op returns
 def why_not(name: str) -> str | None:
     """Why this backend cannot run here."""
     if name == "simt" and _lib.simt_library() is None:
-        return "_C_simt is not built: install with -C cmake.define.FASTDECODE_SIMT=ON"
+        return "_C_simt is not built: install with --config-settings=cmake.define.FASTDECODE_SIMT=ON"
     if name == "cuda":
         if not torch.cuda.is_available():
             return "there is no GPU"

@@ -6,7 +6,7 @@
 namespace fastdecode::bind {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxAttentionHeadDim = 256;
 
 // What both ops ask of queries [..., num_q_heads, head_dim].
 DType check_queries(const char* op, const Tensor& q, int64_t dims) {
@@ -14,8 +14,9 @@ DType check_queries(const char* op, const Tensor& q, int64_t dims) {
   const DType dtype = check_float(op, "q", q);
   check_last_contiguous(op, "q", q);
   const int64_t head_dim = q.size(dims - 1);
-  FD_CHECK_ARG(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kMaxHeadDim, op,
-               ": q: expected a head_dim that is a multiple of 16 up to ", kMaxHeadDim, ", got ", shape_text(q));
+  FD_CHECK_ARG(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kMaxAttentionHeadDim, op,
+               ": q: expected a head_dim that is a multiple of 16 up to ", kMaxAttentionHeadDim, ", got ",
+               shape_text(q));
   return dtype;
 }
 

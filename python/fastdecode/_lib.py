@@ -11,7 +11,7 @@ from typing import NoReturn
 _REINSTALL = "run `pip install --force-reinstall --no-deps .` in fastdecode's folder"
 NO_CUDA = (
     "this fastdecode was built without CUDA kernels: where nvcc is, in its folder, "
-    "run `pip install --force-reinstall --no-deps -C cmake.define.FASTDECODE_CUDA=ON .`"
+    "run `pip install --force-reinstall --no-deps --config-settings=cmake.define.FASTDECODE_CUDA=ON .`"
 )
 
 
@@ -86,7 +86,9 @@ def load_simt() -> None:
     """Load `_C_simt`: torch.ops.fastdecode_simt.*, on CPU tensors. Repeated calls do nothing. For tests."""
     library = simt_library()
     if library is None:
-        raise ImportError("fastdecode was built without _C_simt: install it with -C cmake.define.FASTDECODE_SIMT=ON")
+        raise ImportError(
+            "fastdecode was built without _C_simt: install it with --config-settings=cmake.define.FASTDECODE_SIMT=ON"
+        )
     _load(library)
 
 
