@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdecode import Status
 from fastdecode.models import KVCacheConfig, NativeConfig, NativeModel, PagedKVCache, Want, load_model
+from fastdecode.models.paged_cache import PagedStep
 
 V, D = 97, 32
 SMALL = {"page_size": 8, "flush_block": 16}
@@ -372,6 +374,53 @@ def test_a_refused_forward_changes_nothing(name):
     assert torch.allclose(*logits, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "kivi4"])
+def test_status_tells_what_coding_met(name):
+    """A weight that makes infinite keys of one token."""
+    ours, ids = model().with_kv_cache(CONFIGS[name]), tokens(2, 40).clamp(min=1)
+    cache = ours.new_cache(2, 40)
+    ours.forward(ids, cache=cache, num_tokens=[40, 3])
+    cache.keep(None, [40, 3])
+    assert cache.status == Status(0)
+    config = ours.native_config
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(shape, generator=generator) for n, shape in config.tensor_shapes().items()}
+    weights["model.embed_tokens.weight"][0] = torch.inf
+    bad = NativeModel(config, weights, dtype=torch.float64, kv_cache=CONFIGS[name])
+    early = cache.fork([0])
+    ids[1, 2] = 0
+    bad.forward(ids, cache=cache, num_tokens=[3, 2])
+    assert cache.status == Status(0)  # padding is not written
+    bad.forward(ids, cache=cache)
+    assert Status.NAN in cache.status and early.status == Status(0)
+    cache.keep(None, [0, 0])
+    ours.forward(ids, cache=cache)
+    assert Status.NAN in cache.status and Status.NAN in cache.fork([0]).status
+
+
+@pytest.mark.parametrize("name", ["plain", "int4", "shared"])
+def test_passes_of_few_slots(name, monkeypatch):
+    """What a device does to bound attention's scratch memory."""
+    config = KVCacheConfig(page_size=8, prefix_attention=True) if name == "shared" else CONFIGS[name]
+    ours, ids = model().with_kv_cache(config), tokens(3, 50)
+    whole, _ = read(ours, ids[:1])
+    outs, sizes, step = [], [], PagedKVCache.step
+
+    def spy(self: PagedKVCache, first: int, last: int, **more: bool) -> PagedStep:
+        sizes.append(last - first)
+        return step(self, first, last, **more)
+
+    monkeypatch.setattr(PagedKVCache, "step", spy)
+    for chunk in (None, 7):
+        monkeypatch.setattr(PagedKVCache, "chunk", chunk)
+        cache = whole.fork([0, 0, 0])
+        outs.append(ours.forward(ids, cache=cache, num_tokens=[50, 9, 0], want=Want.LOGITS | Want.HIDDEN))
+    assert sizes == [50, *[7] * 7, 1]
+    for a, b in zip((outs[0].logits, *outs[0].hidden), (outs[1].logits, *outs[1].hidden), strict=True):
+        for row, count in enumerate((50, 9)):
+            assert torch.allclose(a[row, :count], b[row, :count], rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_inference_mode_leaks_nothing(name, inside):
@@ -390,7 +439,7 @@ def test_inference_mode_leaks_nothing(name, inside):
 
 
 def test_bad_caches():
-    with pytest.raises(ValueError, match=r"kv_cache: expected one of plain, .*, got 'paged'"):
+    with pytest.raises(ValueError, match=r"kv_cache: expected one of plain, .*, contiguous, got 'paged'"):
         model().with_kv_cache("paged")
     with pytest.raises(ValueError, match=r"group: expected a divisor of head_dim 16, got 3"):
         model().with_kv_cache(KVCacheConfig("int8", group=3))

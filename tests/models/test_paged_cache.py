@@ -439,8 +439,6 @@ def test_what_a_ring_has_lost(scheme):
     with pytest.raises(ValueError, match=r"KVCache.truncate: lens: .* \(from 164 on\), got 163 in row 0"):
         cache.truncate([163])
     write(cache, values(1, 140))
-    with pytest.raises(ValueError, match=r"forward: cache: expected a length .* got 290 in row 0"):
-        cache.stage(1)  # nothing was kept, and what it would need is overwritten
     cache.keep(None, [140])
     cache.truncate([424])
     with pytest.raises(ValueError, match=r"KVCache.truncate: lens: .* \(from 294 on\), got 293 in row 0"):
@@ -448,6 +446,69 @@ def test_what_a_ring_has_lost(scheme):
     cache.truncate([160])  # a whole number of blocks: nothing of it is plain
     assert [len(table) for table in cache.tables] == [40]
     assert same([contents(fresh, 0)[i][:40] for i in range(4)], contents(cache, 0)[:4])
+
+
+@pytest.mark.parametrize("end", ["keep", "truncate", "stage", "fork", "select"])
+@pytest.mark.parametrize("scheme", ["kivi4", "kivi2"])
+def test_a_long_forward_of_which_nothing_is_kept(scheme, end):
+    """Its tokens drive committed ones out of the ring; they come back, and other rows are not held up."""
+    kv, more = values(2, 20), values(2, 200, seed=1)
+    for length in (5, 8, 13):
+        cache = make(scheme)
+        write(cache, kv[:, :, :, :length])
+        cache.keep(None, [length, length])
+        before = [contents(cache, row) for row in range(2)]
+        write(cache, more, [200, 3])
+        if length % 8:
+            with pytest.raises(ValueError, match=r"dequantise: expected keep or truncate before .* got row 0"):
+                cache.dequantise()
+            with pytest.raises(ValueError, match=r"KVCache.keep: num_keep: .* still waits in the ring"):
+                cache.keep(None, [2, 3])  # of the long row all that fills the ring, or nothing
+        old = cache
+        if end == "truncate":
+            cache.truncate([length, length])
+        elif end == "stage":
+            cache.stage(1)
+        elif end == "fork":
+            cache = cache.fork([1, 0, 0])
+        elif end == "select":
+            cache.select([1, 0, 0])
+        if end in ("fork", "select"):
+            cache.keep(None, [3, 0, 200])
+            expected = [(1, 3), (0, 0), (0, 200)]
+        else:
+            kept = [0, 3] if end == "keep" else [0, 0]
+            cache.keep(None, kept)
+            expected = list(enumerate(kept))
+        for row, (source, count) in enumerate(expected):
+            fresh = make(scheme, batch=1)
+            text = torch.cat((kv[:, :, source, :length], more[:, :, source, :count]), 2)
+            write(fresh, text.unsqueeze(2))
+            fresh.keep(None, [length + count])
+            assert same(contents(cache, row), contents(fresh, 0))
+            assert all(
+                torch.equal(a[:, row, :, : length + count], b[:, 0])
+                for a, b in zip(cache.dequantise(), fresh.dequantise())
+            )
+        if end == "fork":
+            old.keep(None, [0, 0])
+            assert all(same(contents(old, row), before[row]) for row in range(2))
+        check_pool(*{id(c): c for c in (old, cache)}.values())
+
+
+def test_how_many_slots_a_pass_may_have():
+    assert make("plain").chunk is None and make("kivi2").chunk == CHUNK
+    elsewhere = PagedKVCache(
+        num_layers=1,
+        batch=1,
+        num_kv_heads=1,
+        capacity=0,
+        head_dim=16,
+        max_context=8,
+        config=config("plain"),
+        device="meta",
+    )
+    assert elsewhere.chunk == 512
 
 
 def test_how_deep_a_tree_may_be():

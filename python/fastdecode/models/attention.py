@@ -175,7 +175,7 @@ class PagedPass:
             `cache` is only written.
     """
 
-    __slots__ = ("_first", "_model", "_n", "_plain", "_positions", "_rope", "_step", "_tree_mask")
+    __slots__ = ("_first", "_model", "_n", "_plain", "_positions", "_rope", "_step", "_tree_mask", "statuses")
 
     def __init__(
         self,
@@ -191,6 +191,7 @@ class PagedPass:
         self._model, self._n, self._tree_mask = model, last - first, tree_mask
         tree = tree_mask is not None
         self._step = step = cache.step(first, last, tree=tree)
+        self.statuses: list[Tensor] = []  # of what was written to `cache`
         self._plain: PagedStep | None = None
         self._first: Tensor | None = None  # [B, 1, 1, 1], rows that attend to plain pages; None: all
         if plain is not None:
@@ -221,7 +222,7 @@ class PagedPass:
             qk, row = self._model.rms_norm(heads, block.qk_norm), rotated
         q = qk.as_strided((rows, q_heads, dim), (row, dim, 1), 0)
         k = qk.as_strided((rows, kv_heads, dim), (row, dim, 1), q_heads * dim)
-        self._append(self._step, index, k, v, q)  # rotates q
+        self.statuses += self._append(self._step, index, k, v, q)  # rotates q
         queries = q.unflatten(0, (-1, self._n))
         if self._plain is None:
             out = self._read(self._step, index, block, queries)
@@ -249,11 +250,13 @@ class PagedPass:
         )
         return own.out if shared is None else _with_prefixes(queries, step.layers[index], shared, own)
 
-    def _append(self, step: PagedStep, index: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
+    def _append(self, step: PagedStep, index: int, k: Tensor, v: Tensor, q: Tensor | None) -> list[Tensor]:
         pages = step.layers[index]
-        ops.kv_append_(k, v, step.slots, pages, q=q, rope=self._rope, positions=self._positions, interleaved=True)
+        rope, places = self._rope, self._positions
+        found = [ops.kv_append_(k, v, step.slots, pages, q=q, rope=rope, positions=places, interleaved=True)]
         if step.flush is not None:
-            ops.kv_flush_(pages, step.page_table, *step.flush)
+            found.append(ops.kv_flush_(pages, step.page_table, *step.flush))
+        return found
 
 
 def _with_prefixes(q: Tensor, pages: ops.KVPages, shared: PrefixStep, own: ops.Attention) -> Tensor:

@@ -229,6 +229,7 @@ class NativeModel:
             own = None if places is None else (places[0][:, first:last], places[1])
             step = PagedPass(self, cache, first, last, positions=own, tree_mask=mask, plain=plain)
             parts.append(self._run_blocks(tokens[:, first:last], step))
+            cache.note(step.statuses)
         if len(parts) == 1:
             return parts[0]
         if not want & Want.HIDDEN:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._host import KVScheme
+from .._host import KVScheme, Status
 from ..ops import KVPages
 from .cache import Moves, Rows, check_capacity
 from .prefix import SharedPrefixes, shared_prefixes
@@ -29,6 +29,7 @@ from .prefix import SharedPrefixes, shared_prefixes
 __all__ = ["CACHES", "KVCacheConfig", "PagedKVCache", "PagedStep"]
 
 CHUNK = 128  # most slots of one pass through the layers of a kivi cache: bounds its rings
+DEVICE_CHUNK = 512  # of any cache off the CPU, where attention's scratch memory grows with the slots
 
 _PLAIN = {
     "plain": None,
@@ -106,7 +107,7 @@ class KVCacheConfig:
         if known in _PLAIN:
             return KVCacheConfig(dtype=_PLAIN[known])
         if known not in _SCHEMES:
-            raise ValueError(f"kv_cache: expected one of {', '.join((*CACHES, 'fp8'))}, got {name!r}")
+            raise ValueError(f"kv_cache: expected one of {', '.join((*CACHES, 'fp8', 'contiguous'))}, got {name!r}")
         return KVCacheConfig(scheme=known)
 
     @property
@@ -335,8 +336,11 @@ class PagedKVCache(Rows):
         self._layers_of: KVPages | None = None
         self._coded = [0] * batch  # kivi: tokens whose codes are valid
         self._written = [0] * batch  # kivi: the ring holds the last of so many tokens
+        # kivi: by row, committed tokens of the last block (keys, values) that the pending ones drive out of the ring
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._table_tensor: Tensor | None = None
         self._shared: tuple[SharedPrefixes | None] | None = None  # None: not known; (None,): nothing is shared
+        self._status = torch.zeros((), dtype=torch.int32, device=self._device)
         self._tables: list[list[int]] = []
         self._own_tables([[] for _ in range(batch)])
 
@@ -382,7 +386,14 @@ class PagedKVCache(Rows):
     @property
     def chunk(self) -> int | None:
         """Most slots of one pass through the layers; None where any number will do."""
-        return CHUNK if self.config.has_ring else None
+        if self.config.has_ring:
+            return CHUNK
+        return None if self._device.type == "cpu" else DEVICE_CHUNK
+
+    @property
+    def status(self) -> Status:
+        """What coding met so far: NAN, SATURATED, or 0. Of all that was written, kept or not. Reads the device."""
+        return Status(int(self._status))
 
     def depth_room(self) -> list[int]:
         """For every row, the largest depth that a node of a draft tree may have (the root's is 0).
@@ -443,6 +454,13 @@ class PagedKVCache(Rows):
             prefixes=self._prefix_step(kv_lens, n) if self.config.prefix_attention else None,
         )
 
+    def note(self, statuses: Sequence[Tensor]) -> None:
+        """Add what `ops.kv_append_` and `ops.kv_flush_` returned to `status`. Does not synchronise."""
+        found = torch.cat([status.flatten() for status in statuses]) if statuses else self._status.view(1)
+        if found.numel():
+            for bit in (int(Status.NAN), int(Status.SATURATED)):
+                self._status = self._status | (found & bit).amax()
+
     def page_table(self) -> Tensor:
         """Page numbers, int32 [B, most pages of a row, at least 1]; 0 past a row's pages."""
         if self._table_tensor is None:
@@ -453,7 +471,16 @@ class PagedKVCache(Rows):
         """Committed keys and values, each [num_layers, B, num_kv_heads, longest row, head_dim], 0 past a row's end.
 
         What a query behind the last token sees: for kivi whole blocks coded and the rest plain.
+
+        Raises:
+            ValueError: pending tokens of a long forward lie where the ring had committed ones; `keep` or `truncate`
+                first.
         """
+        if self._saved:
+            raise ValueError(
+                "PagedKVCache.dequantise: expected keep or truncate before it: pending tokens fill the ring "
+                f"of {self._ring} tokens, got row {min(self._saved)}"
+            )
         tail_lens = None
         if self.config.has_ring:
             tail_lens = self._tensor([length % self._window for length in self._lens])
@@ -485,7 +512,9 @@ class PagedKVCache(Rows):
             ends = [length // window * window for length in new_lens]
             for row, (have, end, length) in enumerate(zip(coded, ends, new_lens)):
                 first = min(have, end, starts[row]) if len(paths[row]) > 1 else min(have, end)
-                self._check_ring("KVCache.keep: num_keep", row, first, length)
+                if counts[row] or row not in self._saved:
+                    self._check_ring("KVCache.keep: num_keep", row, first, length)
+            self._restore([row for row in self._saved if not counts[row]])
         if moves:
             if not self.config.has_ring:
                 for row, _ in moves:
@@ -502,7 +531,7 @@ class PagedKVCache(Rows):
             if any(have < end for have, end in zip(coded, ends)):
                 for row, (have, end) in enumerate(zip(coded, ends)):
                     self._make_writable(row, have, end)
-                ops.kv_flush_(self.pages, self.page_table(), self._tensor(coded), self._tensor(ends))
+                self.note([ops.kv_flush_(self.pages, self.page_table(), self._tensor(coded), self._tensor(ends))])
             self._coded = ends
         for row, length in enumerate(new_lens):
             self._trim(row, length)
@@ -510,8 +539,11 @@ class PagedKVCache(Rows):
     def _shorten(self, lens: list[int]) -> None:
         if self.config.has_ring:
             ends = [length // self._window * self._window for length in lens]
+            saved = [row for row in self._saved if ends[row] == self._lens[row] // self._window * self._window]
             for row, (end, length) in enumerate(zip(ends, lens)):
-                self._check_ring("KVCache.truncate: lens", row, end, length)
+                if row not in saved:
+                    self._check_ring("KVCache.truncate: lens", row, end, length)
+            self._restore(saved)
         for row, length in enumerate(lens):
             self._trim(row, length)
 
@@ -528,6 +560,7 @@ class PagedKVCache(Rows):
             self._forget_table()
         self._coded = [self._coded[row] for row in rows]
         self._written = [self._written[row] for row in rows]
+        self._saved = {new: self._saved[row] for new, row in enumerate(rows) if row in self._saved}
         if self._tails is not None:
             index = self._tensor(rows, torch.int64)
             with torch.inference_mode(False):
@@ -540,9 +573,11 @@ class PagedKVCache(Rows):
         self._pool.reserve(sum(max(0, pages) for pages in needed))
 
     def _make_room(self, num_slots: int, counts: list[int]) -> None:
-        if self.config.has_ring:  # a long forward of which nothing was kept may have driven committed tokens out
-            for row, length in enumerate(self._lens):
-                self._check_ring("forward: cache", row, length // self._window * self._window, length)
+        if self.config.has_ring:
+            self._restore(list(self._saved))
+            for row, (length, count) in enumerate(zip(self._lens, counts)):
+                if length % self._window and count > self._ring - length % self._window:
+                    self._save(row, length)
         for row, (length, count) in enumerate(zip(self._lens, counts)):
             if self.config.has_ring:
                 # codes of blocks that this pass may complete; its tokens themselves go to the ring
@@ -624,6 +659,27 @@ class PagedKVCache(Rows):
                 f"{where}: expected a length whose last block still waits in the ring of {self._ring} tokens "
                 f"(from {oldest} on), got {length} in row {row}"
             )
+
+    def _save(self, row: int, length: int) -> None:
+        """Copy the tokens of the last block that are not coded yet."""
+        assert self._tails is not None
+        index = self._ring_slots(length // self._window * self._window, length)
+        k, v = (tail[row, index] for tail in self._tails)
+        self._saved[row] = k, v
+
+    def _restore(self, rows: list[int]) -> None:
+        """Put back what was saved of these rows, and forget the rest: pending tokens are about to be settled."""
+        for row in rows:
+            assert self._tails is not None
+            begin = self._lens[row] // self._window * self._window
+            index = self._ring_slots(begin, self._lens[row])
+            for tail, tokens in zip(self._tails, self._saved[row]):
+                tail[row, index] = tokens
+            self._written[row] = begin + self._ring  # nothing before them is left
+        self._saved = {}
+
+    def _ring_slots(self, begin: int, end: int) -> Tensor:
+        return self._tensor([position % self._ring for position in range(begin, end)], torch.int64)
 
     def _trim(self, row: int, length: int) -> None:
         """Give back the pages past a row's length."""
