@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from .common import UserError, need
-from .compare import _status
+from .common import UserError, need, status_line
 
 _PACKAGE = "fastdecode.bench"
 
@@ -41,7 +40,7 @@ def run_options(report: ModuleType, ops: list[str] | None, arguments: argparse.N
     """Hand the options to `bench.report`."""
     need("rich")
     folder = Path(arguments.json) if arguments.json is not None else None
-    with _status() as progress:
+    with status_line() as progress:
         return report.run(
             ops,
             quick=arguments.quick,

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,21 @@ def need(*packages: str) -> None:
 def print_json(value: Any) -> None:
     """The only thing a command with --json writes to stdout."""
     print(json.dumps(value, indent=2))
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that says what is being done. It does not move: a spinner would be timed too."""
+    shown = sys.stderr.isatty()
+
+    def write(text: str) -> None:
+        if shown:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield write
+    finally:
+        write("")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

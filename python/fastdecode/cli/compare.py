@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,17 @@ from typing import Any
 from .. import train
 from ..compare import Row, compare
 from ..methods import find_method
-from .common import DTYPES, UserError, add_model_arguments, model_folder, need, print_json, read_text, read_tokenizer
+from .common import (
+    DTYPES,
+    UserError,
+    add_model_arguments,
+    model_folder,
+    need,
+    print_json,
+    read_text,
+    read_tokenizer,
+    status_line,
+)
 
 PROMPTS = Path(train.__path__[0]) / "data" / "heldout_prompts.json"
 
@@ -51,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--out: no folder for {arguments.out!r}")  # before a minute of measuring, not after it
     texts = _prompts(arguments.prompts, arguments.num_prompts)
     tokenizer = read_tokenizer(folder)
-    with _status() as progress:
+    with status_line() as progress:
         rows = compare(
             folder,
             [tokenizer.encode(text) for text in texts],
@@ -97,21 +105,6 @@ def _prompts(path: str | None, most: int | None) -> list[str]:
     if most is None:
         return texts[:10] if path is None else texts
     return texts[:most]
-
-
-@contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal's stderr that says what is being done. It does not move: a spinner would be timed too."""
-    shown = sys.stderr.isatty()
-
-    def write(text: str) -> None:
-        if shown:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield write
-    finally:
-        write("")
 
 
 def _show(rows: list[Row], num_prompts: int) -> None:

@@ -11,8 +11,7 @@ from .. import kv_report
 from ..models import NativeModel, Tokenizer
 from ..runtime import tune_threads
 from ..train import corpus
-from .common import UserError, model_folder, need, print_json, read_model, read_text, read_tokenizer
-from .compare import _status
+from .common import UserError, model_folder, need, print_json, read_model, read_text, read_tokenizer, status_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tokens < 2:
         raise UserError(f"--tokens: expected at least 2, got {arguments.tokens}")
     texts = _texts(read_tokenizer(folder), arguments.text, arguments.tokens, context)
-    with _status() as show:
+    with status_line() as show:
         tune_threads(model)
         lines = kv_report.report(
             model,
