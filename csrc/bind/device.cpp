@@ -63,6 +63,12 @@ void check_last_contiguous(const char* op, const char* name, const Tensor& t) {
                ": expected a contiguous last dimension, got stride ", t.stride(last));
 }
 
+void check_written(const char* op, const char* name, const Tensor& t) {
+  for (int64_t dim = 0; dim < t.dim(); ++dim)
+    FD_CHECK_ARG(t.size(dim) <= 1 || t.stride(dim) != 0 || t.numel() == 0, op, ": ", name,
+                 ": expected a place for every element, because it is changed, got stride 0 in dimension ", dim);
+}
+
 void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   FD_CHECK_ARG(t.is_cpu() == like.is_cpu() && t.get_device() == like.get_device(), op, ": ", name, ": expected ",
                device_text(like), ", got ", device_text(t));

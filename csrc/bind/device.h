@@ -55,6 +55,9 @@ void check_tensor(const char* op, const char* name, const Tensor& t, std::initia
 void check_optional(const char* op, const char* name, const OptionalTensor& t, std::initializer_list<int64_t> shape,
                     ScalarType dtype, const Tensor& like);
 
+// A tensor that is written: no two elements in one place (an expanded tensor).
+void check_written(const char* op, const char* name, const Tensor& t);
+
 // Rows of logits or probabilities: `dims` in low..high, a listed dtype, last dimension contiguous and not empty.
 DType check_rows(const char* op, const char* name, const Tensor& t, int64_t low, int64_t high);
 

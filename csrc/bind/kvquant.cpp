@@ -23,6 +23,18 @@ int64_t check_requests(const char* op, const char* name, const Tensor& lens, con
   return lens.size(0);
 }
 
+// A cache that the op changes.
+KVPages check_written_pages(const char* op, const PageTensors& t, int64_t head_dim, const Tensor& like) {
+  const KVPages p = check_pages(op, t, head_dim, like);
+  check_written(op, "k_cache", t.k_cache);
+  check_written(op, "v_cache", t.v_cache);
+  if (t.k_scale) check_written(op, "k_scale", *t.k_scale);
+  if (t.v_scale) check_written(op, "v_scale", *t.v_scale);
+  if (t.k_tail) check_written(op, "k_tail", *t.k_tail);
+  if (t.v_tail) check_written(op, "v_tail", *t.v_tail);
+  return p;
+}
+
 // Rotation is asked for by rope; what belongs to it must come with it.
 void check_rope(const char* op, const Tensor& k, const OptionalTensor& q, const OptionalTensor& rope,
                 const OptionalTensor& positions, bool interleaved) {
@@ -41,6 +53,7 @@ void check_rope(const char* op, const Tensor& k, const OptionalTensor& q, const 
   if (!q) return;
   check_dims(op, "q", *q, 3, 3);
   check_tensor(op, "q", *q, {tokens, q->size(1), head_dim}, k.scalar_type(), k);
+  check_written(op, "q", *q);
 }
 
 Tensor kv_append(const Tensor& k, const Tensor& v, const Tensor& slots, FD_PAGES_PARAMS, const OptionalTensor& q,
@@ -50,7 +63,7 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const Tensor& slots, FD_PAGES
   const DType dtype = check_float(op, "k", k);
   const int64_t tokens = k.size(0), head_dim = k.size(2);
   check_head_dim(op, "k", head_dim);
-  const KVPages p = check_pages(op, FD_PAGES, head_dim, k);
+  const KVPages p = check_written_pages(op, FD_PAGES, head_dim, k);
   check_tensor(op, "k", k, {tokens, p.num_heads, head_dim}, k.scalar_type(), k);
   check_tensor(op, "v", v, {tokens, p.num_heads, head_dim}, k.scalar_type(), k);
   check_tensor(op, "slots", slots, {tokens}, ScalarType::Long, k);
@@ -89,7 +102,7 @@ Tensor kv_flush(FD_PAGES_PARAMS, const Tensor& page_table, const Tensor& begin, 
   FD_CHECK_ARG(k_tail, op, ": k_tail: expected a tensor for this scheme, got None");
   check_dims(op, "k_tail", *k_tail, 4, 4);
   check_head_dim(op, "k_tail", k_tail->size(3));
-  const KVPages p = check_pages(op, FD_PAGES, k_tail->size(3), k_cache);
+  const KVPages p = check_written_pages(op, FD_PAGES, k_tail->size(3), k_cache);
   const int64_t B = check_requests(op, "begin", begin, p, true, k_cache);
   check_tensor(op, "end", end, {B}, ScalarType::Int, k_cache);
   const int32_t* table = check_page_table(op, page_table, B, k_cache);
@@ -186,7 +199,7 @@ Tensor kv_keep(FD_PAGES_PARAMS, int64_t head_dim, const Tensor& path, const Tens
                const OptionalTensor& page_table, const Tensor& base_lens) {
   constexpr auto op = "kv_keep_";
   check_head_dim(op, "head_dim", head_dim);
-  const KVPages p = check_pages(op, FD_PAGES, head_dim, k_cache);
+  const KVPages p = check_written_pages(op, FD_PAGES, head_dim, k_cache);
   const bool kivi = is_kivi(p.scheme);
   FD_CHECK_ARG(page_table.has_value() != kivi, op, ": page_table: expected ",
                kivi ? "None for this scheme, got a tensor" : "a tensor for this scheme, got None");

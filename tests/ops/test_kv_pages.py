@@ -70,3 +70,19 @@ def test_messages(message, change):
 def test_another_head_dim_is_refused():
     with raises(r"^KVPages: head_dim: expected 64, as v has, got 32"):
         KVPages(torch.zeros(1, 4, 2, 64), torch.zeros(1, 4, 2, 64), head_dim=32)
+
+
+def test_what_is_written_has_a_place_for_every_element():
+    k = torch.randn(3, 2, 64)
+    one = torch.zeros(1, 16, 2, 64)
+    shared = KVPages(one.expand(4, 16, 2, 64), torch.zeros(4, 16, 2, 64))
+    with raises(r"^kv_append_: k_cache: expected a place for every element, .* got stride 0 in dimension 0"):
+        ops.kv_append_(k, k, torch.arange(3), shared)
+    assert not one.any()
+    pages, q = KVPages(torch.zeros(4, 16, 2, 64), torch.zeros(4, 16, 2, 64)), torch.randn(1, 4, 64)
+    rope, positions = torch.ones(8, 2, 32), torch.arange(3)
+    with raises(r"^kv_append_: q: expected a place for every element, .* got stride 0 in dimension 0"):
+        ops.kv_append_(k, k, torch.arange(3), pages, q=q.expand(3, 4, 64), rope=rope, positions=positions)
+    table, three = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    out, _, status = ops.paged_attention(q[None], shared, table, three)  # reading such a cache is fine
+    assert not status.any() and not out.any()
