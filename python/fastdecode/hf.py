@@ -10,6 +10,7 @@ attention that reads the codes themselves use `fastdecode.load_model(path, kv_ca
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ class _Layer(CacheLayerMixin):
         if need <= have:
             return
         more = (max(need, 2 * have) - have) * self.batch
-        grown = {}
+        grown: Any = {}
         for name in ("k", "v", "k_scale", "v_scale"):
             store = getattr(pages, name)
             if store is not None:
@@ -224,14 +225,7 @@ class _Layer(CacheLayerMixin):
                 back = [order.index(dim) + 1 for dim in range(1, store.dim())]
                 store = joined.permute(0, *back)
             grown[name] = store
-        self.pages = KVPages(
-            **grown,
-            k_tail=pages.k_tail,
-            v_tail=pages.v_tail,
-            scheme=pages.scheme,
-            group=pages.group,
-            head_dim=pages.head_dim,
-        )
+        self.pages = replace(pages, **grown)
 
     # -- rows and length -----------------------------------------------------------------------------------------------
 
@@ -266,12 +260,14 @@ class _Layer(CacheLayerMixin):
             return
         rows = torch.arange(self.batch, device=self.device)[indices.to(self.device)]
 
-        def take(store: Tensor | None, dim: int) -> Tensor | None:
-            if store is None or dim == 0:
-                return None if store is None else store.index_select(0, rows)
+        def take(name: str) -> Tensor | None:
+            store = getattr(self.pages, name)
+            if store is None:
+                return None
+            if "tail" in name:
+                return store.index_select(0, rows)
             return store.unflatten(0, (-1, self.batch)).index_select(1, rows).flatten(0, 1)
 
-        pages = self.pages
-        stores: Any = {name: take(getattr(pages, name), 0 if "tail" in name else 1) for name in _STORES}
-        self.pages = KVPages(**stores, scheme=pages.scheme, group=pages.group, head_dim=pages.head_dim)
+        stores: Any = {name: take(name) for name in _STORES}
+        self.pages = replace(self.pages, **stores)
         self.batch = rows.shape[0]

@@ -150,3 +150,15 @@ def test_bad_arguments():
         KVCache("int4", group=5).update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
     with raises(r"^hf.KVCache: value_states: expected \[1, 2, 3, 8\], as the keys, got \[1, 2, 3, 4\]"):
         KVCache("int4").update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 4), 0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_chosen_rows_go_on_as_if_they_had_been_alone(scheme):
+    """Pages and rings: a row twice, one left out, another order."""
+    model, ids, rows = build("llama"), prompt(3, 30), torch.tensor([2, 0, 2])
+    cache = make(scheme)
+    logits(model, ids[:, :13], cache, [13])  # kivi: one block in pages, five tokens in the rings
+    cache.batch_select_indices(rows)
+    got = logits(model, ids[rows, 13:], cache, [1] * 17)
+    want = logits(model, ids[rows], make(scheme), [13] + [1] * 17)[:, 13:]
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
